@@ -1,0 +1,43 @@
+# Two commands set up and do everything: `make simulate` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export FLWR_TELEMETRY_ENABLED = 0
+export FLWR_DISABLE_UPDATE_CHECK = 1
+export RAY_USAGE_STATS_ENABLED = 0
+
+.PHONY: help setup simulate test test-quick lint format clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+setup: $(STAMP) ## Create .venv and install fedward with its tools.
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+simulate: $(STAMP) ## Run the default study: four hospitals, encrypted updates, differential privacy.
+	$(BIN)/fedward-sim run $(SCENARIO) $(ARGS)
+
+test: $(STAMP) ## Run all tests.
+	$(BIN)/python -m pytest
+
+test-quick: $(STAMP) ## Run the tests that take seconds.
+	$(BIN)/python -m pytest -m 'not slow'
+
+lint: $(STAMP) ## Check style, types and the arrows between the packages.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP) ## Rewrite the sources in the house style.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove .venv and caches; runs/ stays.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
