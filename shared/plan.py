@@ -1,0 +1,385 @@
+"""The study plan: everything a site must agree to, as one record with one hash.
+
+A plan is read from TOML, or from its own canonical bytes on the wire. Its sha256 is bound into
+every key, message and receipt of the study, so a changed byte is another study. A plan holds no
+code: a site runs the version of Fedward that it installed itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from shared.config import canonical_json, parse, read_toml, require
+from shared.errors import ConfigError
+
+SCHEMA = "fedward-plan/1"
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+
+
+@dataclass(frozen=True)
+class FeaturePlan:
+    """One input column: a number with a public plausible range, or a category.
+
+    Numbers are scaled by the range to [-1, 1] and clamped there, which costs no privacy.
+    """
+
+    name: str
+    type: Literal["number", "category"] = "number"
+    unit: str = ""
+    minimum: float | None = None
+    maximum: float | None = None
+    categories: tuple[str, ...] = ()
+    missing: Literal["refuse", "midpoint", "indicator"] = "refuse"
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "a feature has an empty name")
+        if self.type == "category":
+            require(
+                len(self.categories) >= 2 and len(set(self.categories)) == len(self.categories),
+                f"feature {self.name!r}: categories must be at least two different texts",
+            )
+            require(
+                self.minimum is None and self.maximum is None,
+                f"feature {self.name!r}: a category has no minimum or maximum",
+            )
+            return
+        require(not self.categories, f"feature {self.name!r}: a number has no categories")
+        if self.minimum is None or self.maximum is None:
+            raise ConfigError(
+                f"feature {self.name!r}: give minimum and maximum, the public plausible range"
+            )
+        require(
+            self.minimum < self.maximum,
+            f"feature {self.name!r}: minimum {self.minimum:g} is not below maximum "
+            f"{self.maximum:g}; swap them",
+        )
+
+
+@dataclass(frozen=True)
+class ImagePlan:
+    """The image every record must have; pixels are scaled from [0, white] to [-1, 1]."""
+
+    channels: int
+    height: int
+    width: int
+    white: float = 255.0
+
+    def __post_init__(self) -> None:
+        require(self.channels in (1, 3), f"channels is {self.channels}; valid: 1 or 3")
+        require(8 <= self.height <= 1024, f"height is {self.height}; valid: 8 to 1024")
+        require(8 <= self.width <= 1024, f"width is {self.width}; valid: 8 to 1024")
+        require(self.white > 0, f"white is {self.white:g}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class TaskPlan:
+    """What is learnt, from which inputs: a table's features, or an image."""
+
+    label: str
+    positive: str = "1"
+    kind: Literal["binary"] = "binary"
+    features: tuple[FeaturePlan, ...] = ()
+    image: ImagePlan | None = None
+    encoding: Literal["one-hot", "drop-first"] = "one-hot"
+    scaling: Literal["public-range", "site-zscore"] = "public-range"
+
+    def __post_init__(self) -> None:
+        require(bool(self.label), "label is empty; name the column that is to be predicted")
+        require(
+            bool(self.features) != (self.image is not None),
+            "give either features (a table) or image, not both and not neither",
+        )
+        names = [f.name for f in self.features]
+        require(len(set(names)) == len(names), "two features have the same name")
+        require(self.label not in names, f"the label {self.label!r} is also a feature")
+
+
+@dataclass(frozen=True)
+class ModelPlan:
+    """Which model, and the seed of its public starting point."""
+
+    name: str
+    init_seed: int = 0
+    hidden: tuple[int, ...] = ()
+    width: int = 16
+
+    def __post_init__(self) -> None:
+        require(bool(_NAME.fullmatch(self.name)), f"name {self.name!r} is not a model's name")
+        require(0 <= self.init_seed < 2**63, "init_seed must be between 0 and 2^63 - 1")
+        require(all(1 <= h <= 65536 for h in self.hidden), "hidden sizes must be 1 to 65536")
+        require(1 <= self.width <= 4096, f"width is {self.width}; valid: 1 to 4096")
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How a site trains in one round.
+
+    `sample_rate` is the Poisson rate at which each step draws patients (private modes);
+    `batch_size` is for shuffled mini-batches and only valid where privacy is off.
+    """
+
+    rounds: int
+    local_steps: int
+    learning_rate: float
+    sample_rate: float | None = None
+    batch_size: int | None = None
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    proximal_mu: float = 0.0
+    max_records_per_patient: int = 16
+    round_timeout_s: float = 3600.0
+
+    def __post_init__(self) -> None:
+        require(1 <= self.rounds <= 100_000, f"rounds is {self.rounds}; valid: 1 to 100000")
+        require(1 <= self.local_steps <= 100_000, f"local_steps is {self.local_steps}; 1 or more")
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate:g}; above 0")
+        require(0 <= self.momentum < 1, f"momentum is {self.momentum:g}; valid: 0 up to below 1")
+        require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay:g}; 0 or more")
+        require(self.proximal_mu >= 0, f"proximal_mu is {self.proximal_mu:g}; 0 or more")
+        require(self.max_records_per_patient >= 1, "max_records_per_patient must be 1 or more")
+        require(self.round_timeout_s > 0, "round_timeout_s must be above 0")
+        if self.sample_rate is not None:
+            require(
+                0 < self.sample_rate <= 1,
+                f"sample_rate is {self.sample_rate:g}; valid: above 0, at most 1",
+            )
+        if self.batch_size is not None:
+            require(self.batch_size >= 1, f"batch_size is {self.batch_size}; 1 or more")
+
+
+@dataclass(frozen=True)
+class OptimizerPlan:
+    """The server optimiser on the averaged update (Reddi et al., ICLR 2021, algorithm 2)."""
+
+    name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
+    learning_rate: float = 1.0
+    momentum: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, f"learning_rate is {self.learning_rate:g}; above 0")
+        for name in ("momentum", "beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"{name} is {value:g}; valid: 0 up to below 1")
+        require(self.tau > 0, f"tau is {self.tau:g}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class PrivacyPlan:
+    """The promise to each patient of one site: (epsilon, delta) over the whole study.
+
+    `noise_multiplier` is normally left out: each site calibrates it to the promise. Given, it
+    must keep the promise. Mode `none` exists in the simulator only; every site refuses it.
+    """
+
+    mode: Literal["local", "none"]
+    epsilon: float | None = None
+    delta: float | None = None
+    clip_norm: float | None = None
+    noise_multiplier: float | None = None
+    unit: Literal["patient"] = "patient"
+
+    def __post_init__(self) -> None:
+        if self.mode == "none":
+            return
+        for name in ("epsilon", "delta", "clip_norm"):
+            require(getattr(self, name) is not None, f"mode {self.mode!r} needs {name}")
+        epsilon, delta, clip = self.promise
+        require(epsilon > 0, f"epsilon is {epsilon:g}; it must be above 0")
+        require(0 < delta <= 1e-2, f"delta is {delta:g}; valid: above 0, at most 0.01")
+        require(clip > 0, f"clip_norm is {clip:g}; it must be above 0")
+        if self.noise_multiplier is not None:
+            require(self.noise_multiplier > 0, "noise_multiplier must be above 0")
+
+    @property
+    def promise(self) -> tuple[float, float, float]:
+        """(epsilon, delta, clip_norm); ConfigError where privacy is off."""
+        if self.epsilon is None or self.delta is None or self.clip_norm is None:
+            raise ConfigError(f"mode {self.mode!r} promises no epsilon, delta and clip_norm")
+        return self.epsilon, self.delta, self.clip_norm
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """A hospital of the cohort, and the patient count that it declares in public.
+
+    `expected_patients` is a rounded figure the hospital agrees to publish. It sets the site's
+    weight in the average and, with the sample rate, the constant its gradients are divided by:
+    never the true count, which is private.
+    """
+
+    name: str
+    expected_patients: int
+
+    def __post_init__(self) -> None:
+        require(
+            bool(_NAME.fullmatch(self.name)),
+            f"site name {self.name!r}: use 1 to 63 of a-z, 0-9 and hyphens",
+        )
+        require(self.expected_patients >= 1, f"site {self.name!r}: expected_patients is below 1")
+
+
+@dataclass(frozen=True)
+class CohortPlan:
+    """Who takes part, and how many may vanish or collude.
+
+    Any `threshold` sites finish a round; up to `colluders` may side with the server.
+    2 threshold > sites + colluders, so that two disjoint views can never both be opened.
+    """
+
+    sites: tuple[SitePlan, ...]
+    threshold: int
+    colluders: int = 1
+    weighting: Literal["expected-patients", "uniform"] = "expected-patients"
+
+    def __post_init__(self) -> None:
+        names = [s.name for s in self.sites]
+        n, t, c = len(names), self.threshold, self.colluders
+        require(3 <= n <= 255, f"{n} sites; a secure sum needs 3 to 255")
+        require(len(set(names)) == n, "two sites have the same name")
+        require(c >= 1, f"colluders is {c}; at least 1, since every site knows its own part")
+        require(t <= n, f"threshold is {t}, above the {n} sites")
+        least = (n + c) // 2 + 1
+        require(
+            2 * t > n + c,
+            f"threshold is {t}, but 2 threshold must exceed sites + colluders = {n + c}; "
+            f"valid: {least} to {n}",
+        )
+        require(t - c >= 2, f"threshold {t} less colluders {c} leaves fewer than 2 honest sites")
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Site names, sorted."""
+        return tuple(sorted(s.name for s in self.sites))
+
+    def weight(self, name: str) -> float:
+        """The public weight of a site's update, in (0, 1]; the largest site has 1."""
+        if self.weighting == "uniform":
+            return 1.0
+        largest = max(s.expected_patients for s in self.sites)
+        return self.expected_patients(name) / largest
+
+    def expected_patients(self, name: str) -> int:
+        """The patient count that site `name` declared."""
+        return next(s.expected_patients for s in self.sites if s.name == name)
+
+
+@dataclass(frozen=True)
+class SecureSumPlan:
+    """The ring of the secure sum.
+
+    A weighted update's coordinates are clamped to [-clip_range, clip_range] and rounded without
+    bias to integers of `bits` bits less the head room for the sum.
+    """
+
+    bits: Literal[16, 24, 32] = 24
+    clip_range: float = 1.0
+    prekey_rounds: int = 64
+
+    def __post_init__(self) -> None:
+        require(self.clip_range > 0, f"clip_range is {self.clip_range:g}; it must be above 0")
+        require(1 <= self.prekey_rounds <= 1024, "prekey_rounds must be 1 to 1024")
+
+
+@dataclass(frozen=True)
+class EvaluationPlan:
+    """Which counts about test patients travel inside the sum.
+
+    `exact` histograms of scores are for simulations only, and are refused by every real site.
+    """
+
+    release: Literal["none", "exact"] = "none"
+    every: int = 1
+    bins: int = 256
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"every is {self.every}; 1 or more")
+        require(8 <= self.bins <= 4096, f"bins is {self.bins}; valid: 8 to 4096")
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """One study, whole. Build it with `load`, `from_table` or `from_bytes`."""
+
+    name: str
+    task: TaskPlan
+    model: ModelPlan
+    training: TrainingPlan
+    privacy: PrivacyPlan
+    cohort: CohortPlan
+    optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
+    secure_sum: SecureSumPlan = field(default_factory=SecureSumPlan)
+    evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
+    description: str = ""
+    schema: Literal["fedward-plan/1"] = "fedward-plan/1"
+
+    def __post_init__(self) -> None:
+        require(bool(_NAME.fullmatch(self.name)), f"name {self.name!r}: use a-z, 0-9, hyphens")
+        training, private = self.training, self.privacy.mode != "none"
+        if private:
+            require(training.sample_rate is not None, "training: sample_rate is missing")
+            require(
+                training.batch_size is None,
+                "training: batch_size means shuffled batches, which the accounting of Poisson "
+                "samples does not cover; give sample_rate alone",
+            )
+            require(
+                self.task.scaling == "public-range",
+                f"task: scaling {self.task.scaling!r} depends on patients' data and is valid only "
+                "with privacy mode 'none'; use 'public-range'",
+            )
+        else:
+            require(
+                (training.sample_rate is None) != (training.batch_size is None),
+                "training: give either sample_rate or batch_size",
+            )
+        require(
+            (self.optimizer.name == "fedprox") == (training.proximal_mu > 0),
+            "training: proximal_mu above 0 goes with optimizer name 'fedprox', and only with it",
+        )
+
+    @cached_property
+    def canonical_bytes(self) -> bytes:
+        """The plan's one byte string: JSON, sorted keys, defaults written out."""
+        return canonical_json(self)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Hex digest of `canonical_bytes`, 64 characters."""
+        return hashlib.sha256(self.canonical_bytes).hexdigest()
+
+
+def load(path: Path) -> StudyPlan:
+    """Read a plan from a TOML file; ConfigError names file and key."""
+    return from_table(read_toml(path), str(path))
+
+
+def from_table(table: Mapping[str, Any], where: str) -> StudyPlan:
+    """Build a plan from a mapping as TOML gives it; ConfigError names `where` and the key."""
+    return parse(StudyPlan, table, where)
+
+
+def from_bytes(data: bytes) -> StudyPlan:
+    """Read a plan from the canonical bytes that a server sent.
+
+    Raises:
+        ConfigError: not a plan, or not its canonical form (two byte strings for one plan would
+            give two hashes).
+    """
+    try:
+        table = json.loads(data)
+    except ValueError:
+        raise ConfigError("the plan's bytes are not JSON") from None
+    require(isinstance(table, dict), "the plan's bytes are not a JSON object")
+    plan = parse(StudyPlan, table, "plan")
+    require(plan.canonical_bytes == data, "the plan's bytes are not in canonical form")
+    return plan
