@@ -38,9 +38,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist. Check the path, or `--help` for names."
-        ) from None
+        raise ConfigError(f"{path} does not exist. Check the path.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}.") from None
     except tomllib.TOMLDecodeError as error:
