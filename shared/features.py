@@ -1,0 +1,195 @@
+"""Plan's features to model inputs, by public knowledge alone.
+
+Numbers are scaled by the plan's plausible range to [-1, 1] and clamped there; categories become
+indicator columns; pixels are scaled by the plan's white. None of it looks at another record, so
+none of it costs privacy. The per-site z-score does look, and is valid with privacy mode `none`
+alone (shared/plan.py refuses it elsewhere).
+
+Columns of the encoded matrix: feature by feature in the plan's order, each feature's value
+columns first, then its missing-indicator where the plan has `missing = "indicator"`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ConfigError
+from shared.plan import FeaturePlan, ImagePlan, TaskPlan
+
+Columns = Mapping[str, NDArray[np.float64] | NDArray[np.int64]]
+"""One array per feature: float64 with NaN where missing for a number; int64 index into the
+plan's categories, -1 where missing, for a category."""
+
+MISSING_CATEGORY = -1
+
+
+@dataclass(frozen=True)
+class ZScore:
+    """Mean and standard deviation of each encoded column, both float64, shape (width,)."""
+
+    mean: NDArray[np.float64]
+    std: NDArray[np.float64]
+
+    def apply(self, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """(inputs - mean) / std, float32; a column that was constant when fitted becomes 0."""
+        spread = np.where(self.std > 0, self.std, 1.0)
+        scaled = np.where(self.std > 0, (inputs - self.mean) / spread, 0.0)
+        return scaled.astype(np.float32)
+
+
+def feature_width(task: TaskPlan) -> int:
+    """How many input columns the task's features become.
+
+    Raises:
+        ConfigError: the task's input is an image.
+    """
+    return len(column_names(task))
+
+
+def column_names(task: TaskPlan) -> tuple[str, ...]:
+    """A name for each encoded column: "age", "cp=4", "age is missing".
+
+    Raises:
+        ConfigError: the task's input is an image.
+    """
+    if not task.features:
+        raise ConfigError("the plan's input is an image; only a table's features have columns")
+    return tuple(name for f in task.features for name in _names_of(f, task.encoding))
+
+
+def encode(task: TaskPlan, columns: Columns, where: str = "the data") -> NDArray[np.float32]:
+    """Turn checked columns into the model's input matrix.
+
+    With scaling "site-zscore" numbers keep their own unit and are not clamped: the caller fits
+    `fit_zscore` on the site's training rows.
+
+    Args:
+        task: The plan's task with features.
+        columns: One array per feature, all of one length; see `Columns`.
+        where: How to name the data in messages, such as a file name.
+
+    Returns:
+        float32, shape (records, feature_width(task)); under "public-range" within [-1, 1].
+
+    Raises:
+        ConfigError: a column is absent, or holds a missing value that the plan refuses; the
+            message names the column and the first such row, never a value.
+    """
+    width = feature_width(task)
+    absent = [f.name for f in task.features if f.name not in columns]
+    if absent:
+        raise ConfigError(f"{where}: columns {', '.join(map(repr, absent))} are absent. Add them.")
+    raw = task.scaling == "site-zscore"
+    blocks = [
+        block
+        for f in task.features
+        for block in _encode_feature(f, columns[f.name], task.encoding, raw, where)
+    ]
+    return np.stack(blocks, axis=1).astype(np.float32).reshape(-1, width)
+
+
+def clamped_counts(task: TaskPlan, columns: Columns) -> dict[str, int]:
+    """How many values of each number lie outside its plausible range; private, stays local.
+
+    Features without such values are left out.
+    """
+    counts = {
+        f.name: int(np.count_nonzero((columns[f.name] < low) | (columns[f.name] > high)))
+        for f in task.features
+        if f.type == "number"
+        for low, high in [_range(f)]
+    }
+    return {name: count for name, count in counts.items() if count}
+
+
+def fit_zscore(inputs: NDArray[np.float32]) -> ZScore:
+    """Column means and sample standard deviations (divisor n - 1) of a site's training rows.
+
+    Depends on patients' data: for studies without privacy only.
+    """
+    exact = inputs.astype(np.float64)
+    ddof = 1 if len(exact) > 1 else 0
+    return ZScore(exact.mean(axis=0), exact.std(axis=0, ddof=ddof))
+
+
+def scale_pixels(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.float32]:
+    """Scale pixels from [0, white] to [-1, 1], clamped.
+
+    Args:
+        image: The plan's image.
+        pixels: Any number type, shape (records, height, width) where channels is 1, else
+            (records, height, width, channels).
+
+    Returns:
+        float32, shape (records, channels, height, width).
+
+    Raises:
+        ConfigError: the pixels have another shape.
+    """
+    shape = (image.height, image.width)
+    if image.channels == 1 and pixels.shape[1:] == shape:
+        pixels = pixels[..., None]
+    if pixels.shape[1:] != (*shape, image.channels):
+        raise ConfigError(
+            f"images have shape {pixels.shape[1:]}; the plan needs {image.height} x "
+            f"{image.width} with {image.channels} channel(s). Resize the images, or change the plan"
+        )
+    scaled = pixels.astype(np.float32) * np.float32(2.0 / image.white) - np.float32(1.0)
+    return np.ascontiguousarray(np.clip(scaled, -1.0, 1.0).transpose(0, 3, 1, 2))
+
+
+def _names_of(feature: FeaturePlan, encoding: str) -> Iterator[str]:
+    if feature.type == "number":
+        yield feature.name
+    else:
+        first = 1 if encoding == "drop-first" else 0
+        yield from (f"{feature.name}={c}" for c in feature.categories[first:])
+    if feature.missing == "indicator":
+        yield f"{feature.name} is missing"
+
+
+def _encode_feature(
+    feature: FeaturePlan,
+    values: NDArray[np.float64] | NDArray[np.int64],
+    encoding: str,
+    raw: bool,
+    where: str,
+) -> Iterator[NDArray[np.float64]]:
+    number = feature.type == "number"
+    missing = np.isnan(values) if number else values == MISSING_CATEGORY
+    if feature.missing == "refuse" and missing.any():
+        raise ConfigError(
+            f"{where}: column {feature.name!r} has {int(missing.sum())} missing value(s), the "
+            f"first in data row {int(np.argmax(missing)) + 1}, and the plan refuses them. Complete "
+            'or leave out those rows, or agree on missing = "midpoint" or "indicator" in the plan.'
+        )
+    if number:
+        yield _scale_number(feature, values.astype(np.float64), missing, raw)
+    else:
+        first = 1 if encoding == "drop-first" else 0
+        absent = 1.0 / len(feature.categories) if feature.missing == "midpoint" else 0.0
+        for code in range(first, len(feature.categories)):
+            yield np.where(missing, absent, (values == code).astype(np.float64))
+    if feature.missing == "indicator":
+        yield missing.astype(np.float64)
+
+
+def _scale_number(
+    feature: FeaturePlan, values: NDArray[np.float64], missing: NDArray[np.bool_], raw: bool
+) -> NDArray[np.float64]:
+    low, high = _range(feature)
+    middle = (low + high) / 2
+    filled = np.where(missing, middle, values)
+    if raw:
+        return filled
+    return np.clip((filled - middle) / ((high - low) / 2), -1.0, 1.0)
+
+
+def _range(feature: FeaturePlan) -> tuple[float, float]:
+    if feature.minimum is None or feature.maximum is None:
+        raise ConfigError(f"feature {feature.name!r} has no plausible range")
+    return feature.minimum, feature.maximum
