@@ -122,7 +122,8 @@ class TrainingPlan:
     """How a site trains in one round.
 
     `sample_rate` is the Poisson rate at which each step draws patients (private modes);
-    `batch_size` is for shuffled mini-batches and only valid where privacy is off.
+    `batch_size` is for shuffled mini-batches and only valid where privacy is off. An aborted
+    round is trained again and costs again: `spare_rounds` of them are paid for beforehand.
     """
 
     rounds: int
@@ -134,6 +135,7 @@ class TrainingPlan:
     weight_decay: float = 0.0
     proximal_mu: float = 0.0
     max_records_per_patient: int = 16
+    spare_rounds: int = 0
     round_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
@@ -144,6 +146,9 @@ class TrainingPlan:
         require(self.weight_decay >= 0, f"weight_decay is {self.weight_decay:g}; 0 or more")
         require(self.proximal_mu >= 0, f"proximal_mu is {self.proximal_mu:g}; 0 or more")
         require(self.max_records_per_patient >= 1, "max_records_per_patient must be 1 or more")
+        require(
+            0 <= self.spare_rounds <= 100_000, f"spare_rounds is {self.spare_rounds}; 0 or more"
+        )
         require(self.round_timeout_s > 0, "round_timeout_s must be above 0")
         if self.sample_rate is not None:
             require(
@@ -152,6 +157,11 @@ class TrainingPlan:
             )
         if self.batch_size is not None:
             require(self.batch_size >= 1, f"batch_size is {self.batch_size}; 1 or more")
+
+    @property
+    def charged_steps(self) -> int:
+        """Local steps that the privacy promise covers, spare rounds included."""
+        return (self.rounds + self.spare_rounds) * self.local_steps
 
 
 @dataclass(frozen=True)

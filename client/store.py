@@ -1,0 +1,100 @@
+"""A site's durable key-value state of one run: what must never happen twice is on disk first.
+
+One SQLite file per run. Every message is handled inside one transaction that commits before the
+reply leaves, so that after a crash the site either never acted or still knows that it did.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from pathlib import Path
+
+
+def connect(path: Path, *, durable: bool) -> sqlite3.Connection:
+    """Open a site's SQLite file in write-ahead mode.
+
+    Args:
+        path: The file; its folder must exist.
+        durable: Wait for the disk at every commit (synchronous=FULL); simulations do not.
+    """
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute(f"PRAGMA synchronous={'FULL' if durable else 'OFF'}")
+    connection.execute("PRAGMA secure_delete=ON")
+    return connection
+
+
+class RunStore(MutableMapping[str, bytes]):
+    """Bytes by name, kept in memory and on disk, written in all-or-nothing transactions."""
+
+    def __init__(self, path: Path, *, durable: bool = True) -> None:
+        self._db = connect(path, durable=durable)
+        self._db.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, value BLOB)")
+        self._items: dict[str, bytes] = {}
+        self._touched: set[str] = set()
+        self._generation = -1
+        self.refresh()
+
+    def refresh(self) -> bool:
+        """Read the disk again if another process wrote since; true if it did."""
+        current = int(self._db.execute("PRAGMA data_version").fetchone()[0])
+        if current == self._generation:
+            return False
+        rows = self._db.execute("SELECT name, value FROM item")
+        self._items = {name: bytes(value) for name, value in rows}
+        self._touched.clear()
+        self._generation = current
+        return True
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Commit every change made inside on a clean exit; forget them all on an error."""
+        before = dict(self._items)
+        try:
+            yield
+            self._write()
+        except BaseException:
+            self._items = before
+            raise
+        finally:
+            self._touched.clear()
+
+    def _write(self) -> None:
+        if not self._touched:
+            return
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            for name in self._touched:
+                if name in self._items:
+                    self._db.execute(
+                        "INSERT OR REPLACE INTO item VALUES (?, ?)", (name, self._items[name])
+                    )
+                else:
+                    self._db.execute("DELETE FROM item WHERE name = ?", (name,))
+            self._db.execute("COMMIT")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._items[name]
+
+    def __setitem__(self, name: str, value: bytes) -> None:
+        self._items[name] = value
+        self._touched.add(name)
+
+    def __delitem__(self, name: str) -> None:
+        del self._items[name]
+        self._touched.add(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def close(self) -> None:
+        """Release the file."""
+        self._db.close()
