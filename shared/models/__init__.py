@@ -1,0 +1,166 @@
+"""Models by name, and their parameters as one flat vector that all sites agree on.
+
+One file per family. To add a model, write a builder `plan -> module` whose module maps a batch of
+inputs to one logit a record, record by record, and enter it in `BUILDERS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from cryptography.hazmat.primitives.ciphers import Cipher
+from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase as BatchStatisticsNorm
+
+from shared.errors import ConfigError
+from shared.features import feature_width
+from shared.models import image, table
+from shared.parameters import FlatVector, ParameterSpec
+from shared.plan import StudyPlan
+
+BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
+    "logistic": table.logistic,
+    "mlp": table.mlp,
+    "cnn": image.cnn,
+    "resnet18": image.resnet18,
+}
+
+
+def build_model(plan: StudyPlan) -> nn.Module:
+    """Build the plan's model, float32 on the CPU, at its public starting point.
+
+    Returns:
+        A module from inputs (records, *input_shape) to logits (records,).
+
+    Raises:
+        ConfigError: unknown model, a model that does not fit the task, or one `parameter_spec`
+            refuses.
+    """
+    builder = BUILDERS.get(plan.model.name)
+    if builder is None:
+        raise ConfigError(
+            f"unknown model {plan.model.name!r}. Valid names: {', '.join(sorted(BUILDERS))}."
+        )
+    with torch.device("meta"):  # neither time nor torch's global random state for values unused
+        module = builder(plan)
+    check_model(module)
+    module = module.to_empty(device="cpu")
+    load_parameters(module, starting_point(module, plan.model.init_seed))
+    return module
+
+
+def input_shape(plan: StudyPlan) -> tuple[int, ...]:
+    """The shape of one record: (features,), or (channels, height, width)."""
+    if plan.task.image is None:
+        return (feature_width(plan.task),)
+    return (plan.task.image.channels, plan.task.image.height, plan.task.image.width)
+
+
+def check_model(module: nn.Module) -> None:
+    """Refuse a module whose parts cannot be trained under a per-patient guarantee.
+
+    Raises:
+        ConfigError: batch statistics, buffers, tied or frozen parameters, or values that are
+            not float32; the message names the part and the way out.
+    """
+    for name, part in module.named_modules():
+        if isinstance(part, BatchStatisticsNorm):
+            raise ConfigError(
+                f"{name or 'the model'} is a {type(part).__name__}, which mixes the records of a "
+                "batch (frozen, too) and keeps statistics of them. Use GroupNorm."
+            )
+    for name, _ in module.named_buffers():
+        raise ConfigError(
+            f"the model has a buffer, {name}: state outside the parameters is neither clipped "
+            "nor noised. Make it a constant or a parameter; replace a norm by GroupNorm."
+        )
+    seen: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        if id(parameter) in seen:
+            raise ConfigError(f"{name} and {seen[id(parameter)]} are tied; give each its own.")
+        seen[id(parameter)] = name
+        if not parameter.requires_grad:
+            raise ConfigError(f"{name} is frozen; leave it out of the model or train it.")
+        if parameter.dtype != torch.float32:
+            raise ConfigError(f"{name} is {parameter.dtype}; every parameter must be float32.")
+
+
+def parameter_spec(module: nn.Module) -> ParameterSpec:
+    """Names and shapes of the parameters, in the order in which they are flattened.
+
+    Raises:
+        ConfigError: see `check_model`.
+    """
+    check_model(module)
+    named = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
+    return ParameterSpec(tuple(n for n, _ in named), tuple(s for _, s in named))
+
+
+def initial_parameters(plan: StudyPlan) -> FlatVector:
+    """The public starting point, float32 (length,), equal to the bit on every machine."""
+    return read_parameters(build_model(plan))
+
+
+def starting_point(module: nn.Module, seed: int) -> FlatVector:
+    """Starting values for a module: uniform in +-1/sqrt(fan in); norms weigh 1 with bias 0.
+
+    The values come from a ChaCha20 keystream of the seed by exact float64 operations, so they
+    do not depend on torch's generator, its version, or the machine.
+
+    Raises:
+        ConfigError: a parameter belongs to a layer with no rule here.
+    """
+    key = hashlib.sha256(f"fedward-initial-parameters/1 {seed}".encode()).digest()
+    stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+    parts: list[FlatVector] = []
+    for name, layer in module.named_modules():
+        for leaf, parameter in layer.named_parameters(recurse=False):
+            size = parameter.numel()
+            if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+                parts.append(np.full(size, float(leaf == "weight"), dtype=np.float32))
+            elif isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                bound = 1 / math.sqrt(math.prod(layer.weight.shape[1:]))
+                words = np.frombuffer(stream.update(bytes(4 * size)), dtype="<u4")
+                centred = (words >> 8).astype(np.float64) * 2.0**-23 - 1.0
+                parts.append((centred * bound).astype(np.float32))
+            else:
+                raise ConfigError(
+                    f"{name}.{leaf} is a parameter of a {type(layer).__name__}, which has no "
+                    "starting value; build the model from Linear, Conv, GroupNorm, LayerNorm."
+                )
+    return np.concatenate(parts)
+
+
+def read_parameters(module: nn.Module) -> FlatVector:
+    """Copy a module's parameters into one flat vector, float32 (length,)."""
+    with torch.no_grad():
+        flat = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+    values: FlatVector = flat.cpu().numpy()
+    return values
+
+
+def load_parameters(module: nn.Module, vector: FlatVector) -> None:
+    """Write a flat vector into a module's parameters, in place.
+
+    Raises:
+        ConfigError: the vector's length is not the model's, or it is not float32.
+    """
+    parameters = list(module.parameters())
+    length = sum(p.numel() for p in parameters)
+    if vector.shape != (length,) or vector.dtype != np.float32:
+        raise ConfigError(
+            f"a parameter vector is {vector.dtype} of shape {vector.shape}; "
+            f"the model needs float32 of shape ({length},)"
+        )
+    flat = torch.from_numpy(np.array(vector))  # a copy: torch warns of read-only memory
+    start = 0
+    with torch.no_grad():
+        for parameter in parameters:
+            end = start + parameter.numel()
+            parameter.copy_(flat[start:end].view_as(parameter))
+            start = end

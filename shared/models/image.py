@@ -1,0 +1,126 @@
+"""Models for images: a small CNN and ResNet-18, both with GroupNorm.
+
+BatchNorm mixes the records of a batch, which breaks a per-patient guarantee, and its running
+means leave the site un-noised. GroupNorm sees one record at a time.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from shared.config import require
+from shared.errors import ConfigError
+from shared.plan import ImagePlan, StudyPlan
+
+SMALL_IMAGE = 64  # up to this many pixels a side, ResNet keeps its first layer at full resolution
+
+
+class SmallCnn(nn.Module):
+    """Three convolutions and a pooled head: (records, c, h, w) -> logits (records,).
+
+    Two early strides keep it cheap on a CPU. The head sees the mean and the maximum of each
+    local feature over the image, so a small finding counts wherever it lies. With width 16 and
+    one channel it has about 14,000 parameters: few enough to train well under DP.
+    """
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 5, stride=2, padding=2)
+        self.norm1 = group_norm(width)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.norm2 = group_norm(2 * width)
+        self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.norm3 = group_norm(2 * width)
+        self.head = nn.Linear(4 * width, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One logit a record."""
+        x = functional.relu(self.norm1(self.conv1(images)))
+        x = functional.relu(self.norm2(self.conv2(x)))
+        x = functional.relu(self.norm3(self.conv3(x))).flatten(2)
+        logits: Tensor = self.head(torch.cat([x.mean(2), x.amax(2)], dim=1))
+        return logits.squeeze(1)
+
+
+class Block(nn.Module):
+    """ResNet's basic block: two 3 x 3 convolutions beside a shortcut."""
+
+    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
+        self.norm1 = group_norm(channels_out)
+        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
+        self.norm2 = group_norm(channels_out)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != channels_out:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
+                group_norm(channels_out),
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape (records, channels_out, h / stride, w / stride)."""
+        y = functional.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return functional.relu(y + self.shortcut(x))
+
+
+class ResNet18(nn.Module):
+    """ResNet-18 with GroupNorm: (records, c, h, w) -> logits (records,).
+
+    `width` is the first stage's channels; 64 is the published network. The small stem, one
+    3 x 3 convolution without pooling, suits images up to 64 pixels.
+
+    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1;
+    Wu and He, "Group Normalization", ECCV 2018.
+    """
+
+    def __init__(self, channels: int, width: int, *, small_stem: bool) -> None:
+        super().__init__()
+        if small_stem:
+            self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
+            self.pool: nn.Module = nn.Identity()
+        else:
+            self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
+            self.pool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.norm1 = group_norm(width)
+        stages: list[nn.Module] = []
+        for i in range(4):
+            out, before = width << i, width << max(i - 1, 0)
+            stages += [Block(before, out, 1 if i == 0 else 2), Block(out, out, 1)]
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Linear(width << 3, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """One logit a record."""
+        x = self.pool(functional.relu(self.norm1(self.conv1(images))))
+        logits: Tensor = self.head(self.stages(x).mean((2, 3)))
+        return logits.squeeze(1)
+
+
+def cnn(plan: StudyPlan) -> nn.Module:
+    """The small CNN; `width` is its first layer's channels."""
+    return SmallCnn(_image(plan).channels, plan.model.width)
+
+
+def resnet18(plan: StudyPlan) -> nn.Module:
+    """ResNet-18; `width` 64 is the published size. The stem is small up to 64 pixels."""
+    image = _image(plan)
+    small = max(image.height, image.width) <= SMALL_IMAGE
+    return ResNet18(image.channels, plan.model.width, small_stem=small)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with at most 32 groups of at least 4 channels, where they divide evenly."""
+    most = min(32, max(1, channels // 4))
+    return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
+
+
+def _image(plan: StudyPlan) -> ImagePlan:
+    name = plan.model.name
+    require(not plan.model.hidden, f"model {name!r} has no hidden sizes; use width")
+    if plan.task.image is None:
+        raise ConfigError(f"model {name!r} needs an image, and the task has a table; use mlp")
+    return plan.task.image
