@@ -93,8 +93,21 @@ def masked_wire(
     Nothing of the vector's length is held in memory but `source`'s own values and the result,
     length * bits / 8 bytes. Arguments and errors as for `add_masks`.
     """
-    out = io.BytesIO(bytes(source.length * bits // 8))  # filled in place, handed out uncopied
-    packed = np.frombuffer(out.getbuffer(), np.uint8)
+    # A BytesIO is filled in place and, once no array looks into it, handed out without a copy.
+    out = io.BytesIO(bytes(source.length * bits // 8))
+    _mask_into(np.frombuffer(out.getbuffer(), np.uint8), source, plus, minus, bits, threads, prg)
+    return out.getvalue()
+
+
+def _mask_into(
+    packed: npt.NDArray[np.uint8],
+    source: Source,
+    plus: Sequence[bytes],
+    minus: Sequence[bytes],
+    bits: int,
+    threads: int,
+    prg: Prg,
+) -> None:
     size = bits // 8
 
     def mask_range(start: int, stop: int) -> None:
@@ -108,7 +121,6 @@ def masked_wire(
             pack(part, packed[begin * size : (begin + len(part)) * size], bits)
 
     _in_threads(mask_range, source.length, threads)
-    return out.getvalue()
 
 
 class VectorSource:
