@@ -20,7 +20,6 @@ integers little endian; what has no fixed length is preceded by its length or co
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import struct
 import typing
@@ -37,6 +36,8 @@ _MAGIC = b"FW"
 _HEADER = struct.Struct("<2sHH")
 _COUNT = struct.Struct("<I")
 _registry: dict[int, type] = {}
+_tags: dict[type, int] = {}
+_layouts: dict[type, tuple[tuple[str, str, Kind], ...]] = {}
 
 T = TypeVar("T")
 
@@ -306,12 +307,18 @@ class Nested:
         return self.of(*values), at
 
 
-@functools.cache
-def _fields(cls: type) -> tuple[tuple[str, str, Kind], ...]:
+def _fields(cls: type[Any]) -> tuple[tuple[str, str, Kind], ...]:
+    known = _layouts.get(cls)
+    if known is None:
+        known = _layouts[cls] = _layout(cls)
+    return known
+
+
+def _layout(cls: type[Any]) -> tuple[tuple[str, str, Kind], ...]:
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = []
     for field in dataclasses.fields(cls):
-        kinds = getattr(hints[field.name], "__metadata__", ())
+        kinds: tuple[Any, ...] = getattr(hints[field.name], "__metadata__", ())
         if len(kinds) != 1:
             raise TypeError(f"{cls.__name__}.{field.name} needs exactly one field kind")
         fields.append((field.name, f"{cls.__name__}.{field.name}", kinds[0]))
@@ -329,9 +336,6 @@ def message(tag: int) -> Callable[[type[T]], type[T]]:
         return cls
 
     return register
-
-
-_tags: dict[type, int] = {}
 
 
 def encode(value: object) -> bytes:

@@ -1,0 +1,191 @@
+"""Every hash, signature context and derived key that both sides must compute alike.
+
+Section 3 of PROTOCOL.md lists them; a change here is a change of the protocol's version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from shared.errors import ProtocolError
+from shared.secagg.encoding import digest, encode
+from shared.secagg.keys import hkdf
+from shared.secagg.messages import Contribution
+from shared.secagg.session import Session
+
+TAG_BYTES = 16
+SELF, RECOVERY = "self", "recovery"
+
+# What a signature is for; `identity.sign` binds it.
+DEAL = "secagg deal"
+CONFIRM = "secagg set-up transcript"
+MASKED = "secagg masked vector"
+AGREE = "secagg contributors"
+VOUCH = "secagg model of the next epoch"
+
+
+def deal_head(session: Session, step: int, batch: int, first_round: int) -> bytes:
+    """Which deal of which batch: bound into all signatures of one step."""
+    return digest("deal head", session.hash(), step, batch, first_round)
+
+
+def deal_digest(head: bytes, sender: str, common: bytes, part_hashes: Sequence[bytes]) -> bytes:
+    """What the sender of S1, S2 or S3 signs."""
+    return digest("deal", head, sender, part_hash(common), *part_hashes)
+
+
+def part_hash(part: bytes) -> bytes:
+    """Hash of a deal's common part, or of one recipient's part."""
+    return digest("part", part)
+
+
+def setup_transcript(session: Session, s1: Iterable[bytes], s2: Iterable[bytes]) -> bytes:
+    """Hash over all sites' S1 and S2, in the roster's order."""
+    return digest("setup", session.hash(), *s1, *s2)
+
+
+def batch_transcript(
+    setup: bytes, batch: int, first_round: int, members: Sequence[str], deals: Iterable[bytes]
+) -> bytes:
+    """Hash over a whole batch: what S4 signs, and what a descriptor names."""
+    return digest("batch", setup, batch, first_round, *members, *deals)
+
+
+def slot(session: Session, batch: int, round_no: int) -> bytes:
+    """Which round of which batch: bound into all its commitments and tags."""
+    return digest("slot", session.hash(), batch, round_no)
+
+
+def self_commitment(at: bytes, owner: str, key: bytes) -> bytes:
+    """H(b): commits to a self-mask key before it is used; `at` is the round's `slot`."""
+    return digest("self key", at, owner, key)
+
+
+def recovery_commitment(at: bytes, owner: str, key: bytes, wrapped: bytes) -> bytes:
+    """H(R, E): commits to a recovery key and to the partner keys that it wraps."""
+    return digest("recovery key", at, owner, key, wrapped)
+
+
+def share_tag(at: bytes, owner: str, holder: str, kind: str, share: bytes) -> bytes:
+    """16 bytes that commit to one share; a share is uniform, so they say nothing of it."""
+    return digest("share", at, owner, holder, kind, share)[:TAG_BYTES]
+
+
+def check_value(pair_round_key: bytes) -> bytes:
+    """16 bytes by which both ends of a pair show that they hold the same key of a round."""
+    return digest("check", pair_round_key)[:TAG_BYTES]
+
+
+def wrap_keys(recovery_key: bytes, keys: bytes) -> bytes:
+    """E: XOR partner keys (k x 32 bytes) with a pad of the recovery key; its own inverse."""
+    pad = hkdf(recovery_key, info=encode("wrap"), length=len(keys))
+    return (int.from_bytes(pad, "little") ^ int.from_bytes(keys, "little")).to_bytes(
+        len(keys), "little"
+    )
+
+
+def round_keys(batch_key: bytes, rounds: int) -> bytes:
+    """A pair's mask keys for the rounds of one batch: rounds x 32 bytes, rounds <= 255."""
+    return hkdf(batch_key, info=encode("round keys"), length=32 * rounds)
+
+
+def sealing_key(batch_key: bytes, dealer: str, holder: str) -> bytes:
+    """The key that seals one dealer's shares of one batch for one holder."""
+    return hkdf(batch_key, info=encode("seal", dealer, holder))
+
+
+def sealing_context(
+    session: Session, batch: int, first_round: int, dealer: str, holder: str
+) -> bytes:
+    """What a sealed message is and for whom."""
+    return encode("shares", session.hash(), batch, first_round, dealer, holder)
+
+
+def self_mask_key(key: bytes, round_digest: bytes) -> bytes:
+    """Keystream key of a self mask: HKDF(b, "self", D)."""
+    return hkdf(key, info=encode("self", round_digest))
+
+
+def pair_mask_key(key: bytes, round_digest: bytes) -> bytes:
+    """Keystream key of a pair's mask: HKDF(k_ij,round, "mask", D)."""
+    return hkdf(key, info=encode("mask", round_digest))
+
+
+def descriptor_digest(descriptor: bytes) -> bytes:
+    """D, the hash of a descriptor's bytes."""
+    return digest("round", descriptor)
+
+
+def masked_digest(round_digest: bytes, sender: str, root: bytes) -> bytes:
+    """What the sender of R1 signs."""
+    return digest("masked", round_digest, sender, root)
+
+
+def included_digest(round_digest: bytes, contributions: Sequence[Contribution]) -> bytes:
+    """What R2 signs: D, U3 and every H(y)."""
+    parts = [part for entry in contributions for part in (entry.name, entry.root)]
+    return digest("included", round_digest, *parts)
+
+
+def next_transcript(
+    transcript: bytes, round_digest: bytes, included: bytes, total_root: bytes
+) -> bytes:
+    """T after a sum."""
+    return digest("transcript", transcript, round_digest, included, total_root)
+
+
+def aborted_transcript(transcript: bytes, round_digest: bytes) -> bytes:
+    """T after an abort."""
+    return digest("transcript", transcript, round_digest, "abort")
+
+
+def first_transcript(session: Session, batch: bytes) -> bytes:
+    """T of an epoch's first round; `batch` is the transcript of batch 0."""
+    return digest("epoch", session.hash(), session.start, batch)
+
+
+def voucher_digest(session: Session, model: bytes) -> bytes:
+    """What a site signs about the model that `session`, the next epoch, starts with."""
+    return digest("voucher", session.hash(), session.start, model)
+
+
+def checkers(session: Session, round_digest: bytes, names: Sequence[str], chunk: int) -> set[str]:
+    """The c + 1 sites of U3 that must recompute one chunk, chosen by D.
+
+    Consecutive runs of the sorted names from a place that D picks, so that the work is even.
+    """
+    count = min(session.colluders + 1, len(names))
+    start = int.from_bytes(digest("checkers", round_digest), "little") + chunk * count
+    return {names[(start + step) % len(names)] for step in range(count)}
+
+
+def chunks_of(
+    session: Session, round_digest: bytes, names: Sequence[str], checker: str
+) -> tuple[int, ...]:
+    """The chunks that one site must recompute."""
+    total = -(-session.length // session.chunk)
+    return tuple(
+        chunk for chunk in range(total) if checker in checkers(session, round_digest, names, chunk)
+    )
+
+
+def check_contributions(
+    session: Session, cohort: Sequence[str], contributions: Sequence[Contribution]
+) -> tuple[str, ...]:
+    """The names of U3, if it is sorted, part of the cohort and large enough (R2.1, R2.2).
+
+    Raises:
+        ProtocolError: it is not.
+    """
+    names = tuple(entry.name for entry in contributions)
+    if list(names) != sorted(set(names)):
+        raise ProtocolError("the set of contributors is not sorted, or names a site twice")
+    strangers = set(names) - set(cohort)
+    if strangers:
+        raise ProtocolError(f"contributors outside the round's cohort: {sorted(strangers)}")
+    if len(names) < session.least_contributors:
+        raise ProtocolError(
+            f"{len(names)} contributors are too few; this session opens a sum over at least "
+            f"{session.least_contributors}"
+        )
+    return names
