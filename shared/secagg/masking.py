@@ -95,23 +95,27 @@ def masked_wire(
     """
     # A BytesIO is filled in place and, once no array looks into it, handed out without a copy.
     out = io.BytesIO(bytes(source.length * bits // 8))
-    _mask_into(np.frombuffer(out.getbuffer(), np.uint8), source, plus, minus, bits, threads, prg)
+    packed = np.frombuffer(out.getbuffer(), np.uint8)
+
+    def masks(start: int) -> _Masks:
+        return _Masks(plus, minus, bits, start, prg)
+
+    _mask_into(packed, source, masks, bits, threads)
+    del packed
     return out.getvalue()
 
 
 def _mask_into(
     packed: npt.NDArray[np.uint8],
     source: Source,
-    plus: Sequence[bytes],
-    minus: Sequence[bytes],
+    masks_from: Callable[[int], _Masks],
     bits: int,
     threads: int,
-    prg: Prg,
 ) -> None:
     size = bits // 8
 
     def mask_range(start: int, stop: int) -> None:
-        masks = _Masks(plus, minus, bits, start, prg)
+        masks = masks_from(start)
         read = source.reader(start)
         words = np.empty(CHUNK, np.uint32)
         for begin in range(start, stop, CHUNK):
