@@ -297,7 +297,7 @@ class SecureSumPlan:
 
     def __post_init__(self) -> None:
         require(self.clip_range > 0, f"clip_range is {self.clip_range:g}; it must be above 0")
-        require(1 <= self.prekey_rounds <= 1024, "prekey_rounds must be 1 to 1024")
+        require(3 <= self.prekey_rounds <= 255, "prekey_rounds must be 3 to 255")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,268 @@
+"""One run at one site: its store, its member of the secure sum, its model, its training."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.config import SiteConfig, SiteFolder
+from client.data.dataset import PatientDataset
+from client.data.prepared import read_prepared
+from client.guard import check_sensitivity
+from client.ledger import Charge, Ledger
+from client.noise import ChaChaRandom
+from client.secagg import Member, RoundTicket
+from client.store import RunStore
+from client.training import LocalTrainer
+from shared import plan as plans
+from shared.errors import ConfigError, PolicyError, ProtocolError
+from shared.identity import Identity
+from shared.metrics import score_histogram
+from shared.models import build_model, initial_parameters, input_shape, parameter_spec
+from shared.optimizers import apply_update, initial_state
+from shared.parameters import FlatVector
+from shared.plan import StudyPlan
+from shared.privacy import calibrate, epsilon_of
+from shared.study import Receipt, VectorLayout, session_of, state_from_bytes, state_to_bytes
+
+
+class SiteRun:
+    """One run at one site: its store, its member of the secure sum, its model."""
+
+    def __init__(
+        self,
+        *,
+        folder: SiteFolder,
+        config: SiteConfig,
+        identity: Identity,
+        ledger: Ledger,
+        run_id: str,
+        store: RunStore,
+        plan: StudyPlan | None,
+    ) -> None:
+        """Open a run; `plan` is given when the site joins and else read from the store."""
+        self.config, self.run_id, self.store = config, run_id, store
+        self._folder, self._identity, self._ledger = folder, identity, ledger
+        if plan is None:
+            plan = plans.from_bytes(store["plan"])
+        self.plan = plan
+        self.spec = parameter_spec(build_model(plan))
+        self.layout = VectorLayout(plan, self.spec.length)
+        self.noise_multiplier = required_noise(plan)
+        self._session = session_of(plan, run_id, folder.roster(), self.spec.length)
+        if self._session.public[config.name] != identity.public:
+            raise ConfigError("the roster pins another key for this site than its identity.pem")
+        self._begin()
+        self._load()
+
+    def _begin(self) -> None:
+        """Write the starting point once; joining again changes nothing."""
+        if "plan" in self.store:
+            if self.store["plan"] != self.plan.canonical_bytes:
+                raise ProtocolError(f"run {self.run_id} already has another plan at this site")
+            return
+        check_once(self.plan, self.config.device)
+        start = initial_state(self.plan.optimizer, initial_parameters(self.plan))
+        with self.store.transaction():
+            self.store["plan"] = self.plan.canonical_bytes
+            self.store["model"] = state_to_bytes(start)
+            self.store["applied"] = (0).to_bytes(8, "little")
+
+    def _load(self) -> None:
+        self.member = Member(self._session, self._identity, self.store)
+        self.state = state_from_bytes(self.store["model"])
+
+    def refresh(self) -> None:
+        """Notice what another process of this site wrote."""
+        if self.store.refresh():
+            self._load()
+
+    def transaction(self) -> _Transaction:
+        """All or nothing: commit before the answer leaves, or forget and load again."""
+        return _Transaction(self)
+
+    @functools.cached_property
+    def trainer(self) -> LocalTrainer:
+        """The site's trainer, built at the first round that trains."""
+        return LocalTrainer(
+            self.plan,
+            self.config.name,
+            self._data("train"),
+            self.noise_multiplier,
+            device=self.config.device,
+            max_physical_records=self.config.max_physical_records,
+        )
+
+    @functools.cached_property
+    def test_data(self) -> PatientDataset:
+        """The site's test patients."""
+        return self._data("test")
+
+    def _data(self, part: str) -> PatientDataset:
+        path = self._folder.path / getattr(self.config.data, part)
+        data = read_prepared(path)
+        shape = input_shape(self.plan)
+        if data.inputs.shape[1:] != shape:
+            raise ConfigError(f"{path}: records of shape {data.inputs.shape[1:]}, not {shape}")
+        return data
+
+    @functools.cached_property
+    def _random(self) -> ChaChaRandom:
+        key = self.config.random_key
+        return ChaChaRandom(bytes.fromhex(key)) if key else ChaChaRandom.from_system()
+
+    def accept(self, results: tuple[bytes, ...], recheck: bytes | None) -> None:
+        """Take published results in order, and apply each sum once to the own model."""
+        for result in results:
+            outcome = self.member.accept_result(result)
+            if outcome.round <= int.from_bytes(self.store["applied"], "little"):
+                continue
+            self.store["applied"] = outcome.round.to_bytes(8, "little")
+            if outcome.total is None or self.state.round_no >= self.plan.training.rounds:
+                continue
+            update, _ = self.layout.unpack(outcome.total, outcome.contributors)
+            self.state = apply_update(self.plan.optimizer, self.state, update)
+            self.store["model"] = state_to_bytes(self.state)
+        if recheck is not None and self.member.awaits_recheck:
+            self.member.check_chunks(recheck)
+
+    def contribute(self, opening: bytes) -> bytes:
+        """Train from the own model and return the masked vector (R1)."""
+        ticket = self.member.open_round(opening, model_hash=self.state.digest())
+        if ticket.reply is not None:
+            return ticket.reply
+        started = time.perf_counter()
+        charge = self._reserve(ticket)
+        random = self._random.child(f"{self.run_id} round {ticket.round}")
+        update, facts = self._train(random, ticket.round)
+        trained = time.perf_counter()
+        counts = self._evaluate()
+        evaluated = time.perf_counter()
+        weight = self.plan.cohort.weight(self.config.name)
+        source = self.layout.pack(update, weight, counts, random.child("rounding").bytes(32))
+        reply = self.member.masked_input(ticket, source)
+        if charge is not None:
+            self._ledger.release(charge)
+        facts |= {
+            "round": ticket.round,
+            "train_s": trained - started,
+            "evaluate_s": evaluated - trained,
+            "mask_s": time.perf_counter() - evaluated,
+        }
+        self._log(facts)
+        return reply
+
+    def _trains(self) -> bool:
+        return self.state.round_no < self.plan.training.rounds
+
+    def _reserve(self, ticket: RoundTicket) -> Charge | None:
+        training = self.plan.training
+        if self.noise_multiplier is None or training.sample_rate is None or not self._trains():
+            return None
+        charge = Charge(
+            run=self.run_id,
+            plan_sha256=self.plan.sha256,
+            round_no=ticket.round,
+            descriptor=ticket.digest.hex(),
+            noise_multiplier=self.noise_multiplier,
+            sample_rate=training.sample_rate,
+            steps=training.local_steps,
+        )
+        self._ledger.reserve(charge)
+        spent = self._ledger.steps(self.run_id)
+        if spent > training.charged_steps:
+            raise PolicyError(
+                f"round {ticket.round} would be local step {spent} of this run; the plan's "
+                f"epsilon covers {training.charged_steps}. Plan more spare_rounds."
+            )
+        return charge
+
+    def _train(self, random: ChaChaRandom, round_no: int) -> tuple[FlatVector, dict[str, object]]:
+        if not self._trains():
+            return np.zeros(self.spec.length, dtype=np.float32), {}
+        result = self.trainer.train_round(self.state.parameters, random.child("train"), round_no)
+        return result.update, {"steps": result.steps}
+
+    def _evaluate(self) -> NDArray[np.int64]:
+        evaluation, done = self.plan.evaluation, self.state.round_no
+        due = done % evaluation.every == 0 or not self._trains()
+        if evaluation.release == "none" or not due:
+            return np.zeros(self.layout.counts, dtype=np.int64)
+        logits = self.trainer.predict(self.state.parameters, self.test_data.inputs)
+        return score_histogram(logits, self.test_data.labels, evaluation.bins)
+
+    def _log(self, facts: dict[str, object]) -> None:
+        file = self._folder.path / "runs" / self.run_id / "rounds.jsonl"
+        with file.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(facts) + "\n")
+
+    def receipt(self) -> Receipt:
+        """What this site holds and charged, at the end of a run."""
+        sigma, rate = self.noise_multiplier or 0.0, self.plan.training.sample_rate or 0.0
+        steps = self._ledger.steps(self.run_id)
+        delta = self.plan.privacy.delta
+        spent = epsilon_of(sigma, rate, steps, delta) if sigma and delta and steps else 0.0
+        return Receipt(
+            run_id=self.run_id,
+            site=self.config.name,
+            plan_sha256=bytes.fromhex(self.plan.sha256),
+            model_sha256=self.state.digest(),
+            transcript=self.member.transcript,
+            rounds=self.state.round_no,
+            steps=steps,
+            epsilon=float(spent),
+            noise_multiplier=float(sigma),
+            sample_rate=float(rate) if sigma else 0.0,
+        )
+
+
+class _Transaction:
+    """The store's transaction; on any error the run is loaded again from what is on disk."""
+
+    def __init__(self, run: SiteRun) -> None:
+        self._run = run
+        self._inner = run.store.transaction()
+
+    def __enter__(self) -> None:
+        self._inner.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._inner.__exit__(*error)  # type: ignore[arg-type]
+        finally:
+            if error[0] is not None:
+                self._run._load()
+
+
+@functools.lru_cache(maxsize=64)
+def required_noise(plan: StudyPlan) -> float | None:
+    """The noise multiplier that keeps the plan's promise; None where privacy is off.
+
+    Raises:
+        PolicyError: the plan gives a noise multiplier that is too small for its epsilon.
+    """
+    if plan.privacy.mode == "none" or plan.training.sample_rate is None:
+        return None
+    epsilon, delta, _ = plan.privacy.promise
+    rate, steps = plan.training.sample_rate, plan.training.charged_steps
+    given = plan.privacy.noise_multiplier
+    if given is None:
+        return calibrate(epsilon, delta, rate, steps)
+    reached = epsilon_of(given, rate, steps, delta)
+    if reached > epsilon:
+        raise PolicyError(
+            f"noise_multiplier {given:g} gives epsilon {reached:.2f} after {steps} steps at "
+            f"sample_rate {rate:g}; the plan promises {epsilon:g}. Leave it out, or raise it."
+        )
+    return given
+
+
+@functools.lru_cache(maxsize=64)
+def check_once(plan: StudyPlan, device: str) -> None:
+    """Run the sensitivity guard once for a plan in this process."""
+    if plan.privacy.mode != "none":
+        check_sensitivity(plan, device)

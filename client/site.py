@@ -1,0 +1,178 @@
+"""One hospital's side of a study: a message in, the answer out, no word of Flower.
+
+A `Site` holds what lives across messages. Everything it must not forget is in its run's store and
+its ledger before an answer leaves; a Site made anew from its folder goes on where the old one
+stopped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from client.config import SiteConfig, SiteFolder
+from client.ledger import Ledger
+from client.run import SiteRun
+from client.store import RunStore
+from shared import plan as plans
+from shared.errors import ConfigError, PolicyError, ProtocolError
+from shared.messages import decode, encode
+from shared.plan import StudyPlan
+from shared.study import (
+    FinishRequest,
+    Join,
+    Joined,
+    PhaseRequest,
+    RoundRequest,
+    SetupStep,
+    SignedReceipt,
+)
+
+_RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+
+
+class Site:
+    """A hospital: its folder, its ledger, and the runs it takes part in."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open the site's folder.
+
+        Raises:
+            ConfigError: settings, identity or roster are missing or wrong.
+        """
+        self.folder = SiteFolder(folder)
+        self.config = self.folder.config()
+        self.identity = self.folder.identity()
+        self.ledger = Ledger(folder / "ledger.db", durable=not self.config.simulation)
+        self._runs: dict[str, SiteRun] = {}
+        self._actions: dict[str, Callable[[bytes], bytes]] = {
+            "join": self._join,
+            "setup": self._setup,
+            "round": self._round,
+            "agree": self._agree,
+            "release": self._release,
+            "finish": self._finish,
+        }
+
+    def handle(self, action: str, body: bytes) -> bytes:
+        """Answer one message.
+
+        Args:
+            action: join, setup, round, agree, release or finish.
+            body: The message's bytes, from an untrusted server.
+
+        Returns:
+            The answer; whatever must never happen twice is on disk by then.
+
+        Raises:
+            FedwardError: the message is refused; nothing but the error's class may be told.
+        """
+        if action not in self._actions:
+            raise ProtocolError(f"unknown action {action!r}")
+        return self._actions[action](body)
+
+    def _join(self, body: bytes) -> bytes:
+        request = decode(Join, body)
+        plan = plans.from_bytes(request.plan)
+        self.folder.require_approved(plan)
+        refuse_unless_allowed(plan, self.config)
+        run = self._open(request.run_id, plan)
+        with run.transaction():
+            advertise = run.member.advertise()
+        return encode(Joined(site=self.config.name, advertise=advertise))
+
+    def _setup(self, body: bytes) -> bytes:
+        request = decode(SetupStep, body)
+        run = self._run(request.run_id)
+        with run.transaction():
+            steps = {2: run.member.encapsulate, 3: run.member.prekeys, 4: run.member.confirm}
+            if request.step not in steps:
+                raise ProtocolError(f"set-up step {request.step} is not 2, 3 or 4")
+            return steps[request.step](request.body)
+
+    def _round(self, body: bytes) -> bytes:
+        request = decode(RoundRequest, body)
+        run = self._run(request.run_id)
+        with run.transaction():
+            if request.activation is not None:
+                run.member.activate(request.activation)
+            run.accept(request.results, request.recheck)
+            return run.contribute(request.opening)
+
+    def _agree(self, body: bytes) -> bytes:
+        request = decode(PhaseRequest, body)
+        run = self._run(request.run_id)
+        with run.transaction():
+            return run.member.agree(request.body)
+
+    def _release(self, body: bytes) -> bytes:
+        request = decode(PhaseRequest, body)
+        run = self._run(request.run_id)
+        with run.transaction():
+            return run.member.release(request.body)
+
+    def _finish(self, body: bytes) -> bytes:
+        request = decode(FinishRequest, body)
+        run = self._run(request.run_id)
+        with run.transaction():
+            run.accept(request.results, request.recheck)
+            receipt = encode(run.receipt())
+        signature = self.identity.sign("receipt", receipt)
+        return encode(SignedReceipt(receipt=receipt, signature=signature))
+
+    def _open(self, run_id: str, plan: StudyPlan) -> SiteRun:
+        folder = self._run_folder(run_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._runs[run_id] = self._load(folder, run_id, plan)
+        return self._runs[run_id]
+
+    def _run(self, run_id: str) -> SiteRun:
+        run = self._runs.get(run_id)
+        if run is not None:
+            run.refresh()
+            return run
+        folder = self._run_folder(run_id)
+        if not (folder / "state.db").exists():
+            raise ProtocolError(f"this site has not joined run {run_id}")
+        self._runs[run_id] = self._load(folder, run_id, None)
+        return self._runs[run_id]
+
+    def _load(self, folder: Path, run_id: str, plan: StudyPlan | None) -> SiteRun:
+        store = RunStore(folder / "state.db", durable=not self.config.simulation)
+        return SiteRun(
+            folder=self.folder,
+            config=self.config,
+            identity=self.identity,
+            ledger=self.ledger,
+            run_id=run_id,
+            store=store,
+            plan=plan,
+        )
+
+    def _run_folder(self, run_id: str) -> Path:
+        if not _RUN_ID.fullmatch(run_id):
+            raise ProtocolError("a run id has 1 to 64 letters, digits and hyphens")
+        return self.folder.path / "runs" / run_id
+
+
+def refuse_unless_allowed(plan: StudyPlan, config: SiteConfig) -> None:
+    """Refuse what only a simulated hospital may do.
+
+    Raises:
+        PolicyError: no privacy, or exact evaluation counts, at a real site.
+        ConfigError: this site is not in the plan.
+    """
+    if config.name not in plan.cohort.names:
+        raise ConfigError(
+            f"site {config.name!r} is not in plan {plan.name!r} ({', '.join(plan.cohort.names)})"
+        )
+    if config.simulation:
+        return
+    if plan.privacy.mode == "none":
+        raise PolicyError("the plan has privacy mode 'none'; no real site trains without privacy")
+    if plan.evaluation.release == "exact":
+        raise PolicyError(
+            "the plan releases exact counts of test patients; only simulations may. "
+            "Set evaluation.release to 'none'."
+        )

@@ -1,0 +1,278 @@
+"""The study's own messages around the secure sum, and what one masked vector holds.
+
+join      plan and run                        -> the site's set-up keys (S1)
+setup     one set-up step S2, S3, S4          -> the site's answer to it
+round     results so far, rechecks, opening   -> masked vector (R1)
+agree     the set of contributors (R2)        -> signature, and shares if nobody dropped
+release   the signatures (R3)                 -> shares, after a dropout only
+finish    last results and rechecks           -> signed receipt
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ProtocolError
+from shared.messages import U8, U32, U64, Blob, Fixed, Many, Maybe, Real, Text, message
+from shared.optimizers import ModelState
+from shared.parameters import FlatVector
+from shared.plan import StudyPlan
+from shared.secagg.graph import mask_degree
+from shared.secagg.ring import Quantised, Ring, RingVector
+from shared.secagg.session import Session
+
+MAX_TEST_PATIENTS = 1_000_000
+"""Test patients that one site may count in one bin."""
+
+MAX_RESULTS = 1024
+"""Published results that one request may carry to a site that was away."""
+
+
+@message(0x5301)
+@dataclass(frozen=True, slots=True)
+class Join:
+    """Asks a site to take part in a run of a plan that it approved."""
+
+    run_id: Annotated[str, Text()]
+    plan: Annotated[bytes, Blob(16 << 20)]
+
+
+@message(0x5302)
+@dataclass(frozen=True, slots=True)
+class Joined:
+    """The site's name and its S1."""
+
+    site: Annotated[str, Text()]
+    advertise: Annotated[bytes, Blob()]
+
+
+@message(0x5303)
+@dataclass(frozen=True, slots=True)
+class SetupStep:
+    """What the relay made for this site of the others' answers, for step 2, 3 or 4."""
+
+    run_id: Annotated[str, Text()]
+    step: Annotated[int, U8]
+    body: Annotated[bytes, Blob()]
+
+
+@message(0x5304)
+@dataclass(frozen=True, slots=True)
+class RoundRequest:
+    """R0, with everything that must come before it: S5, results and rechecks."""
+
+    run_id: Annotated[str, Text()]
+    activation: Annotated[bytes | None, Maybe(Blob())]
+    results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
+    recheck: Annotated[bytes | None, Maybe(Blob())]
+    opening: Annotated[bytes, Blob()]
+
+
+@message(0x5305)
+@dataclass(frozen=True, slots=True)
+class PhaseRequest:
+    """R2 or R3 as the relay made it."""
+
+    run_id: Annotated[str, Text()]
+    body: Annotated[bytes, Blob()]
+
+
+@message(0x5306)
+@dataclass(frozen=True, slots=True)
+class FinishRequest:
+    """The last results, so that every site ends with the same model."""
+
+    run_id: Annotated[str, Text()]
+    results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
+    recheck: Annotated[bytes | None, Maybe(Blob())]
+
+
+@message(0x5307)
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a site holds at the end: its model's hash, its history's, and what it charged.
+
+    Every number follows from the plan and the rounds that this site trained; none depends on
+    a patient. `epsilon`, `noise_multiplier` and `sample_rate` are 0 where privacy is off.
+    """
+
+    run_id: Annotated[str, Text()]
+    site: Annotated[str, Text()]
+    plan_sha256: Annotated[bytes, Fixed(32)]
+    model_sha256: Annotated[bytes, Fixed(32)]
+    transcript: Annotated[bytes, Fixed(32)]
+    rounds: Annotated[int, U32]
+    steps: Annotated[int, U64]
+    epsilon: Annotated[float, Real()]
+    noise_multiplier: Annotated[float, Real()]
+    sample_rate: Annotated[float, Real()]
+
+
+@message(0x5308)
+@dataclass(frozen=True, slots=True)
+class SignedReceipt:
+    """A receipt with the site's Ed25519 signature over its bytes, context "receipt"."""
+
+    receipt: Annotated[bytes, Blob(4096)]
+    signature: Annotated[bytes, Fixed(64)]
+
+
+@message(0x5309)
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """All that a site says of an error: its class. The reason stays in the site's own log."""
+
+    kind: Annotated[str, Text()]
+
+
+@dataclass(frozen=True)
+class VectorLayout:
+    """What one masked vector holds: the model update, then the evaluation counts as digits."""
+
+    plan: StudyPlan
+    parameters: int
+
+    @cached_property
+    def ring(self) -> Ring:
+        """The ring of the plan's secure sum."""
+        return Ring(self.plan.secure_sum.bits, len(self.plan.cohort.sites))
+
+    @property
+    def counts(self) -> int:
+        """Evaluation counts in the vector: a histogram of scores for each class, or none."""
+        return 2 * self.plan.evaluation.bins if self.plan.evaluation.release != "none" else 0
+
+    @cached_property
+    def length(self) -> int:
+        """Coordinates of the whole vector."""
+        return self.parameters + self.counts * self.ring.lanes(MAX_TEST_PATIENTS)
+
+    def pack(
+        self, update: FlatVector, weight: float, counts: NDArray[np.int64], key: bytes
+    ) -> Packed:
+        """The vector of one site, quantised while it is masked.
+
+        Args:
+            update: float32, shape (parameters,).
+            weight: The site's public weight, in (0, 1].
+            counts: int64, shape (counts,).
+            key: 32 secret bytes for the rounding, used for this vector alone.
+        """
+        clip = self.plan.secure_sum.clip_range
+        body = Quantised(update, self.ring, clip_range=clip, key=key, weight=weight)
+        lanes = self.ring.counts_to_lanes(counts, max_count=MAX_TEST_PATIENTS)
+        return Packed(body, lanes)
+
+    def unpack(
+        self, total: RingVector, contributors: tuple[str, ...]
+    ) -> tuple[FlatVector, NDArray[np.int64]]:
+        """The weighted mean update and the summed counts of a published sum.
+
+        Args:
+            total: uint32, shape (length,).
+            contributors: The sites in the sum, whose public weights divide it.
+
+        Returns:
+            float32 (parameters,) and int64 (counts,).
+        """
+        clip = self.plan.secure_sum.clip_range
+        summed = self.ring.dequantise(total[: self.parameters], clip_range=clip)
+        weight = sum(self.plan.cohort.weight(name) for name in sorted(contributors))
+        update = summed / np.float32(weight)
+        counts = self.ring.lanes_to_counts(total[self.parameters :], max_count=MAX_TEST_PATIENTS)
+        return update.astype(np.float32, copy=False), counts
+
+
+class Packed:
+    """A site's ring vector made chunk by chunk; a `masking.Source`."""
+
+    def __init__(self, body: Quantised, tail: RingVector) -> None:
+        self._body, self._tail = body, tail
+        self.length = body.length + len(tail)
+
+    def reader(self, start: int) -> Callable[[RingVector], None]:
+        """Fill the next coordinates from `start` on."""
+        inside = min(start, self._body.length)
+        read_body = self._body.reader(inside) if inside < self._body.length else None
+        at = start
+
+        def read(out: RingVector) -> None:
+            nonlocal at
+            from_body = min(max(self._body.length - at, 0), len(out))
+            if from_body and read_body is not None:
+                read_body(out[:from_body])
+            behind = at + from_body - self._body.length
+            out[from_body:] = self._tail[behind : behind + len(out) - from_body]
+            at += len(out)
+
+        return read
+
+
+def session_of(
+    plan: StudyPlan, run_id: str, roster: dict[str, bytes], parameters: int, epoch: int = 0
+) -> Session:
+    """The secure sum's session; every site and the relay build the same one.
+
+    Args:
+        plan: The approved plan.
+        run_id: The run's name.
+        roster: Pinned Ed25519 public key of every site of the plan.
+        parameters: Coordinates of the model.
+        epoch: 0, and one more each time the sites set up anew.
+
+    Raises:
+        ProtocolError: a site of the plan is not pinned.
+    """
+    missing = sorted(set(plan.cohort.names) - set(roster))
+    if missing:
+        raise ProtocolError(
+            f"no identity is pinned for {', '.join(missing)}. Exchange fingerprints and pin them."
+        )
+    cohort = plan.cohort
+    layout = VectorLayout(plan, parameters)
+    return Session(
+        run_id=run_id,
+        plan_sha256=bytes.fromhex(plan.sha256),
+        roster=tuple((name, roster[name]) for name in cohort.names),
+        threshold=cohort.threshold,
+        colluders=cohort.colluders,
+        degree=mask_degree(len(cohort.names), cohort.threshold, cohort.colluders),
+        bits=plan.secure_sum.bits,
+        length=layout.length,
+        prekey_rounds=plan.secure_sum.prekey_rounds,
+        epoch=epoch,
+    )
+
+
+_STATE = struct.Struct("<4sQQQ")
+
+
+def state_to_bytes(state: ModelState) -> bytes:
+    """A model state as bytes, for a site's store and a checkpoint."""
+    head = _STATE.pack(b"FWM1", state.round_no, len(state.parameters), len(state.second_moment))
+    parts = (state.parameters, state.first_moment, state.second_moment)
+    return head + b"".join(part.astype("<f4", copy=False).tobytes() for part in parts)
+
+
+def state_from_bytes(data: bytes) -> ModelState:
+    """Read `state_to_bytes` back.
+
+    Raises:
+        ProtocolError: not such bytes.
+    """
+    if len(data) < _STATE.size or data[:4] != b"FWM1":
+        raise ProtocolError("the stored model state is damaged; restore the site's backup")
+    _, round_no, length, second = _STATE.unpack_from(data)
+    if len(data) != _STATE.size + 4 * (2 * length + second):
+        raise ProtocolError("the stored model state is cut short; restore the site's backup")
+    vectors = np.frombuffer(data, "<f4", offset=_STATE.size).astype(np.float32)
+    return ModelState(
+        vectors[:length], vectors[length : 2 * length], vectors[2 * length :], round_no
+    )
