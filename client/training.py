@@ -1,0 +1,458 @@
+"""Local training of one site: DP-SGD per patient on Opacus' per-record gradients.
+
+Opacus computes each record's gradient and clips; the rest is done here, since its defaults would
+break the promise without a word: patients are drawn by our own Poisson mask, a patient's records
+count as one gradient, the divisor is a public constant of the plan, the noise comes from the
+site's own ChaCha20 stream, and every step is counted, empty draws included.
+
+Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1, with the
+patient as the unit (McMahan et al., "Learning Differentially Private Recurrent Language Models",
+ICLR 2018).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
+from torch import Tensor, nn
+from torch.nn import functional
+
+from client.data.dataset import PatientDataset
+from client.noise import ChaChaRandom
+from shared.config import require
+from shared.errors import ConfigError, SensitivityError
+from shared.models import build_model, check_model, input_shape, load_parameters, read_parameters
+from shared.parameters import FlatVector
+from shared.plan import StudyPlan
+
+BuildModel = Callable[[StudyPlan], nn.Module]
+RecordLosses = Callable[[Tensor, Tensor], Tensor]
+"""(logits (records,), labels float (records,)) -> one loss a record, shape (records,)."""
+
+GRADIENT_BYTES = 1 << 30  # per-record gradients of one physical batch, about
+MOST_RECORDS = 512
+
+
+@dataclass(frozen=True)
+class RoundLog:
+    """What happened in a round; it is about patients, so it stays on the site."""
+
+    seconds: float
+    patients_drawn: tuple[int, ...]
+    records_seen: int
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """A site's contribution to one round.
+
+    Attributes:
+        update: local parameters less the starting ones, float32, shape (d,).
+        steps: noisy steps taken, to be charged; every step counts, an empty draw, too.
+        log: facts for the site's own log alone.
+    """
+
+    update: FlatVector
+    steps: int
+    log: RoundLog
+
+
+def binary_losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """Each record's own cross entropy, shape (records,)."""
+    return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+
+
+class LocalTrainer:
+    """Trains the plan's model on one site's patients, round after round.
+
+    Build it once per study: the model with Opacus' hooks is kept, and every round starts from
+    clean gradients, whatever interrupted the one before.
+
+    Args:
+        plan: The approved study.
+        site_name: A site of the plan's cohort; its declared patient count sets the divisor.
+        data: The site's training patients; records past `max_records_per_patient` are unused.
+        noise_multiplier: Noise over clip norm, above 0; None exactly where privacy is off.
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        max_physical_records: Records whose gradients are held at once; bounds memory and never
+            changes the result. Default: from the size of model and input.
+        build: Model factory; `record_losses`: loss factory. For tests and the guard.
+        measuring: Allow noise 0, for the sensitivity guard; such a trainer trains no round.
+
+    Raises:
+        ConfigError: data, model, noise or device do not fit the plan.
+    """
+
+    def __init__(
+        self,
+        plan: StudyPlan,
+        site_name: str,
+        data: PatientDataset,
+        noise_multiplier: float | None,
+        device: str = "auto",
+        *,
+        max_physical_records: int | None = None,
+        build: BuildModel = build_model,
+        record_losses: RecordLosses = binary_losses,
+        measuring: bool = False,
+    ) -> None:
+        _check_noise(plan, noise_multiplier, measuring)
+        shape = input_shape(plan)
+        require(
+            data.inputs.shape[1:] == shape,
+            f"site {site_name!r}: records have shape {data.inputs.shape[1:]}; the plan's have "
+            f"{shape}",
+        )
+        self.plan = plan
+        self.data = data
+        self.steps_taken = 0
+        self.private = plan.privacy.mode != "none"
+        self.device = choose_device(device)
+        self._measuring = measuring
+        self._record_losses = record_losses
+        self._divisor = self.public_divisor(site_name)
+        self._inputs = torch.from_numpy(np.ascontiguousarray(data.inputs))
+        self._labels = torch.from_numpy(data.labels.astype(np.float32))
+        most = plan.training.max_records_per_patient
+        self._records_of = tuple(rows[:most] for rows in data.records_of)
+        self._record_counts = np.array([len(rows) for rows in self._records_of], dtype=np.int64)
+        self._module = build(plan)
+        check_model(self._module)
+        self._module.to(self.device)
+        self._parameters = list(self._module.parameters())
+        self._max_records = max_physical_records or self._default_records()
+        require(self._max_records >= 1, "max_physical_records must be 1 or more")
+        training = plan.training
+        self._sgd = torch.optim.SGD(
+            self._parameters,
+            lr=training.learning_rate,
+            momentum=training.momentum,
+            weight_decay=training.weight_decay,
+        )
+        self._model: nn.Module = self._module
+        self._clipper: PatientClipper | None = None
+        if self.private:
+            self._model = GradSampleModule(self._module, loss_reduction="sum", strict=True)
+            self._clipper = PatientClipper(
+                self._sgd,
+                noise_multiplier=noise_multiplier,
+                max_grad_norm=plan.privacy.promise[2],
+                divisor=self._divisor,
+            )
+
+    def public_divisor(self, site_name: str) -> float:
+        """What summed gradients are divided by: a public constant, never a true count."""
+        rate = self.plan.training.sample_rate
+        if rate is None:
+            return 1.0
+        return rate * self.plan.cohort.expected_patients(site_name)
+
+    def train_round(self, start: FlatVector, random: ChaChaRandom, round_no: int) -> RoundResult:
+        """Take the plan's local steps from `start`, with a fresh local optimiser.
+
+        Args:
+            start: Parameters, float32, shape (d,); not modified.
+            random: The site's stream. A round that is trained again from the same object gets
+                other noise.
+            round_no: The round, 1 or more.
+
+        Raises:
+            ConfigError: the parameters do not fit, or training diverged.
+            SensitivityError: a record's gradient cannot be told from another's.
+        """
+        require(not self._measuring, "a trainer that measures sensitivity trains no round")
+        began = time.perf_counter()
+        self._begin(start)
+        stream = random.fresh_child(f"round {round_no}")
+        origin = [p.detach().clone() for p in self._parameters]
+        drawn, seen = [], 0
+        for batch in self._draws(stream, random):
+            drawn.append(len(batch))
+            seen += self._gradient(batch, stream)
+            if self.plan.training.proximal_mu:
+                self._pull_towards(origin)
+            self._sgd.step()
+            self.steps_taken += 1
+        update = read_parameters(self._module) - start
+        require(
+            bool(np.isfinite(update).all()),
+            f"training diverged in round {round_no}: the model is not finite. Lower "
+            "learning_rate, or start again from an earlier round.",
+        )
+        log = RoundLog(time.perf_counter() - began, tuple(drawn), seen)
+        return RoundResult(update, len(drawn), log)
+
+    def gradient(
+        self, start: FlatVector, patients: NDArray[np.int64], random: ChaChaRandom
+    ) -> FlatVector:
+        """The gradient that one step at `start` on these patients would use, float32 (d,).
+
+        In private modes (clipped sum + noise) / divisor. This is the code that `train_round`
+        steps by; the sensitivity guard and audits measure it.
+        """
+        self._begin(start)
+        self._gradient(patients, random)
+        grads = [p.grad for p in self._parameters if p.grad is not None]
+        flat: FlatVector = torch.cat([g.reshape(-1) for g in grads]).cpu().numpy()
+        return flat
+
+    def predict(self, parameters: FlatVector, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits of records under the given parameters, float32, shape (records,)."""
+        load_parameters(self._module, parameters)
+        self._module.eval()
+        records = torch.from_numpy(np.ascontiguousarray(inputs))
+        with torch.inference_mode():
+            parts = [
+                self._module(part.to(self.device)).cpu()
+                for part in torch.split(records, self._max_records)
+            ]
+            logits: NDArray[np.float32] = torch.cat(parts).numpy()
+        return logits
+
+    def _begin(self, start: FlatVector) -> None:
+        """Load `start`, and forget all that an earlier, perhaps interrupted, round left."""
+        load_parameters(self._module, start)
+        self._module.train()
+        self._sgd.state.clear()
+        self._sgd.zero_grad(set_to_none=True)
+        if self._clipper is not None:
+            forget_gradients(self._module)
+
+    def _draws(self, stream: ChaChaRandom, random: ChaChaRandom) -> Iterator[NDArray[np.int64]]:
+        """The patients of each step; in mode none with batch_size, the records."""
+        training = self.plan.training
+        for _ in range(training.local_steps):
+            if training.sample_rate is not None:
+                yield stream.sample(self.data.patient_count, training.sample_rate)
+            else:
+                yield self._shuffled_batch(random)
+
+    def _shuffled_batch(self, random: ChaChaRandom) -> NDArray[np.int64]:
+        """The next records of a pass over all; passes go on from round to round."""
+        size = self.plan.training.batch_size or 1
+        records = np.concatenate(self._records_of)
+        epoch, position = divmod(self.steps_taken, -(-len(records) // size))
+        order = random.child(f"epoch {epoch}").permutation(len(records))
+        return records[order[position * size : (position + 1) * size]]
+
+    def _gradient(self, batch: NDArray[np.int64], random: ChaChaRandom) -> int:
+        """Leave one step's gradient in the parameters; return how many records it read."""
+        if self.plan.training.sample_rate is None:
+            return self._mean_gradient(batch)
+        counts = self._record_counts[batch]
+        if self._clipper is not None:
+            self._clipper.begin_step()
+        else:
+            for p in self._parameters:
+                p.grad = torch.zeros_like(p)
+        for part in physical_batches(counts, self._max_records):
+            self._accumulate(batch[part], counts[part])
+        if self._clipper is not None:
+            self._clipper.finish_step(random)
+        else:
+            for p in self._parameters:
+                if p.grad is not None:
+                    p.grad /= self._divisor
+        return int(counts.sum())
+
+    def _accumulate(self, patients: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        """Add some patients' gradients, clipped in private modes, to the step's sum."""
+        rows = torch.from_numpy(np.concatenate([self._records_of[p] for p in patients.tolist()]))
+        owners = torch.from_numpy(np.repeat(np.arange(len(patients)), counts)).to(self.device)
+        shares = torch.from_numpy((1.0 / counts).astype(np.float32)).to(self.device)[owners]
+        losses = self._losses(rows)
+        torch.autograd.backward((losses * shares).sum())
+        if self._clipper is not None:
+            self._clipper.add_patients(owners, len(patients))
+
+    def _mean_gradient(self, records: NDArray[np.int64]) -> int:
+        """Ordinary mini-batch gradient of the mean loss, without privacy."""
+        self._sgd.zero_grad(set_to_none=True)
+        for rows in torch.split(torch.from_numpy(records), self._max_records):
+            torch.autograd.backward(self._losses(rows).sum() / len(records))
+        return len(records)
+
+    def _losses(self, rows: Tensor) -> Tensor:
+        """One loss a record, shape (records,)."""
+        inputs = self._inputs[rows].to(self.device)
+        # Opacus' backward hooks on the first layer need an input that asks for a gradient.
+        inputs.requires_grad_(self.private)
+        logits = self._model(inputs)
+        if logits.shape != (len(rows),):
+            raise SensitivityError(
+                f"the model returns logits of shape {tuple(logits.shape)} for {len(rows)} "
+                "records; it must return one logit a record, shape (records,), or the loss "
+                "would mix records"
+            )
+        losses = self._record_losses(logits, self._labels[rows].to(self.device))
+        if losses.shape != (len(rows),):
+            raise SensitivityError(
+                f"the loss returns shape {tuple(losses.shape)} for {len(rows)} records; it must "
+                "return each record's own loss, shape (records,), neither mean nor sum"
+            )
+        return losses
+
+    def _pull_towards(self, origin: list[Tensor]) -> None:
+        """FedProx: add mu (w - w0), after the noise (Li et al., MLSys 2020, algorithm 2)."""
+        mu = self.plan.training.proximal_mu
+        for p, p0 in zip(self._parameters, origin, strict=True):
+            if p.grad is not None:
+                p.grad.add_(p.detach() - p0, alpha=mu)
+
+    def _default_records(self) -> int:
+        """Records of a physical batch: gradients twice (Opacus copies), and activations."""
+        gradient_bytes = 8 * sum(p.numel() for p in self._parameters) if self.private else 0
+        activation_bytes = 256 * int(np.prod(self.data.inputs.shape[1:]))
+        return min(MOST_RECORDS, max(1, GRADIENT_BYTES // (gradient_bytes + activation_bytes)))
+
+
+class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no types
+    """Opacus' clipping with patients as the unit, our noise, and a public divisor.
+
+    One step is begin_step, add_patients for each physical batch, finish_step; the result is in
+    the parameters' `grad`. The ordinary optimiser then steps by it.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        noise_multiplier: float | None,
+        max_grad_norm: float,
+        divisor: float,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=max_grad_norm,
+            expected_batch_size=None,
+            loss_reduction="sum",
+        )
+        self.divisor = divisor
+
+    def begin_step(self) -> None:
+        """Start a sum of zero; an empty draw leaves it there."""
+        for p in self.params:
+            p.grad = p.grad_sample = None
+            p.summed_grad = torch.zeros_like(p)
+
+    def add_patients(self, owners: Tensor, patients: int) -> None:
+        """Clip the gradients of a physical batch's patients and add them to the sum.
+
+        Args:
+            owners: Which patient (0 to patients - 1) each record belongs to, shape (records,).
+            patients: How many there are.
+
+        Raises:
+            SensitivityError: a parameter has no gradient for each record.
+        """
+        for p in self.params:
+            p.grad_sample = _by_patient(p.grad_sample, tuple(p.shape), owners, patients)
+        before = [p.summed_grad for p in self.params]
+        self._clip()
+        if not all(bool(torch.isfinite(p.summed_grad).all()) for p in self.params):
+            self._drop_broken_patients()
+            self._clip()
+        for p, total in zip(self.params, before, strict=True):
+            p.summed_grad += total
+            p.grad = p.grad_sample = None
+
+    def finish_step(self, random: ChaChaRandom) -> None:
+        """Add N(0, (noise_multiplier C)^2) to every coordinate and divide by the divisor."""
+        scale = float(self.noise_multiplier) * float(self.max_grad_norm)
+        sizes = [p.numel() for p in self.params]
+        noise = torch.from_numpy(random.gaussian(sum(sizes)) * np.float32(scale))
+        start = 0
+        for p, size in zip(self.params, sizes, strict=True):
+            part = noise[start : start + size].view_as(p).to(p.device)
+            p.grad = (p.summed_grad + part) / self.divisor
+            p.summed_grad = None
+            start += size
+
+    def _clip(self) -> None:
+        for p in self.params:
+            p.summed_grad = None
+        self.clip_and_accumulate()
+
+    def _drop_broken_patients(self) -> None:
+        """A patient with a non-finite gradient counts as zero: it would erase all others."""
+        finite = torch.stack(
+            [torch.isfinite(g).reshape(len(g), -1).all(dim=1) for g in self.grad_samples]
+        ).all(dim=0)
+        for p in self.params:
+            keep = finite.view(-1, *[1] * p.dim())
+            p.grad_sample = torch.where(keep, p.grad_sample, torch.zeros_like(p.grad_sample))
+
+
+def choose_device(name: str) -> torch.device:
+    """ "auto", "cpu" or "cuda" as a torch device; ConfigError where there is no such one."""
+    require(name in ("auto", "cpu", "cuda"), f"device is {name!r}; valid: auto, cpu, cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but this machine has no usable GPU. Use auto or cpu.")
+    use_gpu = name != "cpu" and torch.cuda.is_available()
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def physical_batches(counts: NDArray[np.int64], most: int) -> list[slice]:
+    """Cut patients, in order, into runs of at most `most` records; none is ever split.
+
+    A patient with more than `most` records is a run alone.
+    """
+    runs, start, records = [], 0, 0
+    for i, count in enumerate(counts.tolist()):
+        if i > start and records + count > most:
+            runs.append(slice(start, i))
+            start, records = i, 0
+        records += count
+    if start < len(counts):
+        runs.append(slice(start, len(counts)))
+    return runs
+
+
+def forget_gradients(module: nn.Module) -> None:
+    """Clear what Opacus keeps on a module between forward and step."""
+    for p in module.parameters():
+        p.grad = p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
+        p._forward_counter = 0  # type: ignore[attr-defined]
+        if hasattr(p, "_current_grad_sample"):
+            del p._current_grad_sample
+    for part in module.modules():
+        for name in ("activations", "max_batch_len"):
+            if hasattr(part, name):
+                delattr(part, name)
+
+
+def _by_patient(
+    sample: object, shape: tuple[int, ...], owners: Tensor, patients: int
+) -> torch.Tensor:
+    """Add up per-record gradients to per-patient ones, shape (patients, *shape)."""
+    records = len(owners)
+    if not isinstance(sample, Tensor) or sample.shape != (records, *shape):
+        found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
+        raise SensitivityError(
+            f"a parameter of shape {shape} has per-record gradients {found} for {records} "
+            f"records; {(records, *shape)} is needed. Use every parameter once in each forward "
+            "pass, and keep the records as the first dimension of every layer's input."
+        )
+    if records == patients:
+        return sample
+    grouped = sample.new_zeros((patients, *shape))
+    return grouped.index_add_(0, owners, sample)
+
+
+def _check_noise(plan: StudyPlan, noise_multiplier: float | None, measuring: bool) -> None:
+    if plan.privacy.mode == "none":
+        require(noise_multiplier is None, "privacy is off; leave noise_multiplier out (None)")
+        return
+    if noise_multiplier is None or (noise_multiplier <= 0 and not measuring):
+        raise ConfigError(
+            f"mode {plan.privacy.mode!r} needs a noise_multiplier above 0; calibrate one with "
+            "shared.privacy.noise_multiplier_of"
+        )
