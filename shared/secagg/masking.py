@@ -157,6 +157,8 @@ class _Masks:
     def __init__(
         self, plus: Sequence[bytes], minus: Sequence[bytes], bits: int, start: int, prg: Prg
     ) -> None:
+        if bits not in (16, 24, 32):
+            raise ConfigError(f"a ring has 16, 24 or 32 bits, not {bits}")
         word = np.dtype("<u2" if bits == 16 else "<u4")
         offset = start * word.itemsize
         self._plus = [Keystream(key, offset=offset, prg=prg) for key in plus]

@@ -11,7 +11,7 @@ Source: Shamir, "How to share a secret", CACM 1979; field polynomial of FIPS 197
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 
 import numpy as np
@@ -76,12 +76,13 @@ def combine(shares: Mapping[int, Bytes], threshold: int) -> Bytes:
     rows = [_matrix(shares[x]) for x in points]
     if any(row.shape != rows[0].shape for row in rows):
         raise ProtocolError("shares of one secret differ in shape")
-    weights = np.array([lagrange_at_zero(points)], np.uint8)
+    weights = np.array([lagrange_at_zero(tuple(points))], np.uint8)
     recovered: Bytes = _combine_rows(weights, np.stack(rows))[0]
     return recovered
 
 
-def lagrange_at_zero(points: Sequence[int]) -> tuple[int, ...]:
+@lru_cache(maxsize=64)
+def lagrange_at_zero(points: tuple[int, ...]) -> tuple[int, ...]:
     """Weights w with secret = XOR of w_i * share_i, for distinct points x in 1..255.
 
     Raises:
@@ -89,14 +90,9 @@ def lagrange_at_zero(points: Sequence[int]) -> tuple[int, ...]:
     """
     if len(set(points)) != len(points) or not all(0 < x <= MAX_POINTS for x in points):
         raise ProtocolError(f"share numbers must be distinct and within 1..{MAX_POINTS}")
-    weights = []
-    for i, x in enumerate(points):
-        numerator = denominator = 1
-        for other in (*points[:i], *points[i + 1 :]):
-            numerator = multiply(numerator, other)
-            denominator = multiply(denominator, x ^ other)
-        weights.append(multiply(numerator, _inverse(denominator)))
-    return tuple(weights)
+    powers, logs = (table.tolist() for table in _public_tables())
+    exponents = (sum(logs[y] - logs[x ^ y] for y in points if y != x) for x in points)
+    return tuple(powers[exponent % 255] for exponent in exponents)
 
 
 def multiply(a: int, b: int) -> int:
@@ -112,22 +108,21 @@ def multiply(a: int, b: int) -> int:
     return product
 
 
-def _inverse(a: int) -> int:
-    power = 1
-    for _ in range(254):  # a^255 = 1
-        power = multiply(power, a)
-    return power
+@lru_cache(maxsize=1)
+def _public_tables() -> tuple[Bytes, Bytes]:
+    """Powers of the generator 3, and logarithms; for share numbers, which are public."""
+    powers, logs = np.ones(255, np.uint8), np.zeros(256, np.uint8)
+    for exponent in range(1, 255):
+        powers[exponent] = multiply(int(powers[exponent - 1]), 3)
+        logs[powers[exponent]] = exponent
+    return powers, logs
 
 
-@lru_cache(maxsize=8)
 def _powers(points: int, threshold: int) -> Bytes:
     """x^j in row x - 1 and column j."""
-    table = np.ones((points, threshold), np.uint8)
-    for x in range(1, points + 1):
-        for j in range(1, threshold):
-            table[x - 1, j] = multiply(int(table[x - 1, j - 1]), x)
-    table.flags.writeable = False
-    return table
+    powers, logs = _public_tables()
+    exponents = np.outer(logs[1 : points + 1].astype(np.int64), np.arange(threshold)) % 255
+    return powers[exponents]
 
 
 def _combine_rows(public: Bytes, secret: Bytes) -> Bytes:
