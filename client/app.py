@@ -46,6 +46,11 @@ def _site(folder: Path) -> Site:
     return Site(folder)
 
 
+def forget_sites() -> None:
+    """Close every site that this process opened; the next message opens it from disk."""
+    _site.cache_clear()
+
+
 def answer(folder: Path, action: str, body: bytes) -> bytes:
     """Let the site in `folder` answer; any error becomes a bare refusal."""
     try:

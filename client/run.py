@@ -16,7 +16,7 @@ from client.guard import check_sensitivity
 from client.ledger import Charge, Ledger
 from client.noise import ChaChaRandom
 from client.secagg import Member, RoundTicket
-from client.store import RunStore
+from client.store import Prefixed, RunStore
 from client.training import LocalTrainer
 from shared import plan as plans
 from shared.errors import ConfigError, PolicyError, ProtocolError
@@ -26,7 +26,7 @@ from shared.models import build_model, initial_parameters, input_shape, paramete
 from shared.optimizers import apply_update, initial_state
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
-from shared.privacy import calibrate, epsilon_of
+from shared.privacy import epsilon_of, noise_multiplier_of
 from shared.study import Receipt, VectorLayout, session_of, state_from_bytes, state_to_bytes
 
 
@@ -52,7 +52,7 @@ class SiteRun:
         self.plan = plan
         self.spec = parameter_spec(build_model(plan))
         self.layout = VectorLayout(plan, self.spec.length)
-        self.noise_multiplier = required_noise(plan)
+        self.noise_multiplier = noise_multiplier_of(plan)
         self._session = session_of(plan, run_id, folder.roster(), self.spec.length)
         if self._session.public[config.name] != identity.public:
             raise ConfigError("the roster pins another key for this site than its identity.pem")
@@ -73,7 +73,7 @@ class SiteRun:
             self.store["applied"] = (0).to_bytes(8, "little")
 
     def _load(self) -> None:
-        self.member = Member(self._session, self._identity, self.store)
+        self.member = Member(self._session, self._identity, Prefixed(self.store, "secagg/0/"))
         self.state = state_from_bytes(self.store["model"])
 
     def refresh(self) -> None:
@@ -113,7 +113,8 @@ class SiteRun:
     @functools.cached_property
     def _random(self) -> ChaChaRandom:
         key = self.config.random_key
-        return ChaChaRandom(bytes.fromhex(key)) if key else ChaChaRandom.from_system()
+        random = ChaChaRandom(bytes.fromhex(key)) if key else ChaChaRandom.from_system()
+        return random.child(f"run {self.run_id}")
 
     def accept(self, results: tuple[bytes, ...], recheck: bytes | None) -> None:
         """Take published results in order, and apply each sum once to the own model."""
@@ -137,13 +138,13 @@ class SiteRun:
             return ticket.reply
         started = time.perf_counter()
         charge = self._reserve(ticket)
-        random = self._random.child(f"{self.run_id} round {ticket.round}")
-        update, facts = self._train(random, ticket.round)
+        update, facts = self._train(ticket.round)
         trained = time.perf_counter()
         counts = self._evaluate()
         evaluated = time.perf_counter()
         weight = self.plan.cohort.weight(self.config.name)
-        source = self.layout.pack(update, weight, counts, random.child("rounding").bytes(32))
+        rounding = self._random.child(f"rounding {ticket.round}").bytes(32)
+        source = self.layout.pack(update, weight, counts, rounding)
         reply = self.member.masked_input(ticket, source)
         if charge is not None:
             self._ledger.release(charge)
@@ -181,10 +182,10 @@ class SiteRun:
             )
         return charge
 
-    def _train(self, random: ChaChaRandom, round_no: int) -> tuple[FlatVector, dict[str, object]]:
+    def _train(self, round_no: int) -> tuple[FlatVector, dict[str, object]]:
         if not self._trains():
             return np.zeros(self.spec.length, dtype=np.float32), {}
-        result = self.trainer.train_round(self.state.parameters, random.child("train"), round_no)
+        result = self.trainer.train_round(self.state.parameters, self._random, round_no)
         return result.update, {"steps": result.steps}
 
     def _evaluate(self) -> NDArray[np.int64]:
@@ -236,29 +237,6 @@ class _Transaction:
         finally:
             if error[0] is not None:
                 self._run._load()
-
-
-@functools.lru_cache(maxsize=64)
-def required_noise(plan: StudyPlan) -> float | None:
-    """The noise multiplier that keeps the plan's promise; None where privacy is off.
-
-    Raises:
-        PolicyError: the plan gives a noise multiplier that is too small for its epsilon.
-    """
-    if plan.privacy.mode == "none" or plan.training.sample_rate is None:
-        return None
-    epsilon, delta, _ = plan.privacy.promise
-    rate, steps = plan.training.sample_rate, plan.training.charged_steps
-    given = plan.privacy.noise_multiplier
-    if given is None:
-        return calibrate(epsilon, delta, rate, steps)
-    reached = epsilon_of(given, rate, steps, delta)
-    if reached > epsilon:
-        raise PolicyError(
-            f"noise_multiplier {given:g} gives epsilon {reached:.2f} after {steps} steps at "
-            f"sample_rate {rate:g}; the plan promises {epsilon:g}. Leave it out, or raise it."
-        )
-    return given
 
 
 @functools.lru_cache(maxsize=64)

@@ -98,3 +98,26 @@ class RunStore(MutableMapping[str, bytes]):
     def close(self) -> None:
         """Release the file."""
         self._db.close()
+
+
+class Prefixed(MutableMapping[str, bytes]):
+    """The part of a store whose names start with a prefix, under names without it."""
+
+    def __init__(self, inner: MutableMapping[str, bytes], prefix: str) -> None:
+        self._inner, self._prefix = inner, prefix
+
+    def __getitem__(self, name: str) -> bytes:
+        return self._inner[self._prefix + name]
+
+    def __setitem__(self, name: str, value: bytes) -> None:
+        self._inner[self._prefix + name] = value
+
+    def __delitem__(self, name: str) -> None:
+        del self._inner[self._prefix + name]
+
+    def __iter__(self) -> Iterator[str]:
+        cut = len(self._prefix)
+        return (name[cut:] for name in self._inner if name.startswith(self._prefix))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

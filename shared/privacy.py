@@ -138,8 +138,8 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
 
 
 def steps_of(plan: StudyPlan) -> int:
-    """Noisy steps that one site takes over the whole study."""
-    return plan.training.rounds * plan.training.local_steps
+    """Noisy steps that the promise covers for one site: the whole study, spare rounds included."""
+    return plan.training.charged_steps
 
 
 def noise_multiplier_of(plan: StudyPlan) -> float | None:

@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import cast
 
-from flwr.app import ConfigRecord, Context, Error, Message, Metadata, RecordDict
+from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.proto.node_pb2 import NodeInfo
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
+
+from shared.flower import body_of, content
 
 SUPERLINK_NODE_ID = 1
 """Flower's own source id of error replies that no node sent."""
@@ -170,16 +172,6 @@ class InProcessGrid(Grid):
             return Message(Error(code=CLIENT_APP_RAISED, reason=reason), reply_to=message)
 
 
-def body_of(message: Message) -> bytes:
-    """The one byte string that a Fedward message carries."""
-    record = cast(ConfigRecord, message.content["fedward"])
-    return cast(bytes, record["body"])
-
-
-def _content(body: bytes) -> RecordDict:
-    return RecordDict({"fedward": ConfigRecord({"body": body})})
-
-
 def _stamped(message: Message, message_id: str, body: bytes) -> Message:
     """A copy of a message with the id that a SuperLink would give it, and its own records."""
     m = message.metadata
@@ -195,11 +187,11 @@ def _stamped(message: Message, message_id: str, body: bytes) -> Message:
         message_type=m.message_type,
     )
     build = cast(Callable[..., Message], Message)
-    return build(metadata=metadata, content=_content(body))
+    return build(metadata=metadata, content=content(body))
 
 
 def _answer(message: Message, body: bytes) -> Message:
-    return Message(_content(body), reply_to=message)
+    return Message(content(body), reply_to=message)
 
 
 def _lost(message: Message) -> Message:

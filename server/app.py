@@ -1,0 +1,45 @@
+"""The Flower ServerApp: Flower's grid in, the study loop, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from server.rounds import Observer, Study, StudyOutcome
+from server.transport import GridTransport
+from shared.plan import StudyPlan
+
+Finished = Callable[[StudyOutcome, GridTransport], None]
+
+
+def make_server_app(
+    plan: StudyPlan,
+    run_id: str,
+    roster: dict[str, bytes],
+    *,
+    observer: Observer,
+    finished: Finished,
+    poll_s: float = 0.2,
+) -> ServerApp:
+    """Build the ServerApp of one run of a plan.
+
+    Args:
+        plan: What the sites approved.
+        run_id: 1 to 64 letters, digits and hyphens.
+        roster: Public identity of each site, as the coordinator knows them.
+        observer: Called after each round.
+        finished: Called once at the end, with the model and what was sent.
+        poll_s: Seconds between two looks for answers.
+    """
+    app = ServerApp()
+
+    @app.main()
+    def main(grid: Grid, context: Context) -> None:
+        del context
+        transport = GridTransport(grid, len(plan.cohort.names), poll_s=poll_s)
+        study = Study(plan, run_id, roster, transport, observer)
+        finished(study.run(), transport)
+
+    return app

@@ -1,0 +1,221 @@
+"""What the server itself can say of a finished study: results, model and evidence files."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import save as save_tensors
+
+from server.results import write_text
+from server.rounds import RoundReport, StudyOutcome
+from server.transport import GridTransport
+from shared.messages import decode
+from shared.metrics import binary_metrics
+from shared.models import build_model, parameter_spec
+from shared.plan import StudyPlan
+from shared.privacy import GRID, epsilon_of, noise_multiplier_of
+from shared.secagg.graph import tolerated_dropouts
+from shared.study import Receipt, VectorLayout
+
+PROTOCOL_NAME = "fedward-secagg/1"
+_EPSILON_POINTS = 50
+
+
+def version() -> str:
+    """The installed version of Fedward."""
+    return importlib.metadata.version("fedward")
+
+
+class EpsilonSoFar:
+    """Epsilon after a number of trained rounds, for progress and curves.
+
+    Composition takes a tenth of a second, so a long study is computed at 50 points; between
+    them the next point's value is shown, which is never too small.
+    """
+
+    def __init__(self, plan: StudyPlan) -> None:
+        self._plan = plan
+        self._sigma = noise_multiplier_of(plan)
+        rounds = plan.training.rounds + plan.training.spare_rounds
+        self._stride = max(1, -(-rounds // _EPSILON_POINTS))
+        self._last = rounds
+
+    def after(self, rounds: int) -> float | None:
+        """Epsilon of one patient after `rounds` trained rounds; None where privacy is off."""
+        plan = self._plan
+        if self._sigma is None or plan.training.sample_rate is None or plan.privacy.delta is None:
+            return None
+        point = min(-(-rounds // self._stride) * self._stride, self._last)
+        steps = point * plan.training.local_steps
+        return epsilon_of(self._sigma, plan.training.sample_rate, steps, plan.privacy.delta)
+
+
+def metrics_by_round(reports: Sequence[RoundReport]) -> dict[int, dict[str, float]]:
+    """Metrics of the model after each trained round, 0 for the starting point."""
+    found = {}
+    for report in reports:
+        if not report.reason and report.counts.sum() > 0:
+            metrics = binary_metrics(report.counts)
+            metrics["patients"] = metrics.pop("count")
+            found[report.model_round] = metrics
+    return found
+
+
+def server_results(
+    plan: StudyPlan, outcome: StudyOutcome, transport: GridTransport
+) -> dict[str, Any]:
+    """The keys of results.json that the server knows; see server/results.py."""
+    spec = parameter_spec(build_model(plan))
+    cohort = plan.cohort
+    metrics = metrics_by_round(outcome.reports)
+    return {
+        "version": version(),
+        "plan_sha256": plan.sha256,
+        "mode": plan.privacy.mode,
+        "unit": plan.privacy.unit,
+        "model": {
+            "name": plan.model.name,
+            "parameters": spec.length,
+            "sha256": outcome.state.digest().hex(),
+        },
+        "cohort": {
+            "sites": list(cohort.names),
+            "threshold": cohort.threshold,
+            "colluders": cohort.colluders,
+            "tolerated_dropouts": tolerated_dropouts(len(cohort.names), cohort.threshold),
+        },
+        "secure_sum": {
+            "bits": plan.secure_sum.bits,
+            "coordinates": VectorLayout(plan, spec.length).length,
+            "clip_range": plan.secure_sum.clip_range,
+            "protocol": PROTOCOL_NAME,
+        },
+        "rounds": _rounds(plan, outcome.reports, metrics),
+        "final": {"metrics": metrics.get(plan.training.rounds, {})},
+        "privacy": _privacy(plan, outcome),
+        "wire": _wire(transport),
+    }
+
+
+def _rounds(
+    plan: StudyPlan, reports: Sequence[RoundReport], metrics: Mapping[int, dict[str, float]]
+) -> list[dict[str, Any]]:
+    epsilon, attempts, rounds = EpsilonSoFar(plan), 0, []
+    for report in reports:
+        if not report.trained:
+            continue
+        attempts += 1
+        after = report.model_round + 1
+        rounds.append(
+            {
+                "round": report.round_no,
+                "cohort": list(report.cohort),
+                "contributors": list(report.contributors),
+                "dropped": list(report.dropped),
+                "aborted": bool(report.reason),
+                "wall_s": report.wall_s,
+                "bytes_up": report.bytes_up,
+                "bytes_down": report.bytes_down,
+                "epsilon": epsilon.after(attempts),
+                "metrics": metrics.get(after) if not report.reason else None,
+            }
+        )
+    return rounds
+
+
+def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
+    if plan.privacy.mode == "none":
+        return {"mode": "none", "sites": {}}
+    epsilon, delta, clip = plan.privacy.promise
+    sites = {}
+    for name, signed in outcome.receipts.items():
+        receipt = decode(Receipt, signed.receipt)
+        sites[name] = {
+            "epsilon": receipt.epsilon,
+            "noise_multiplier": receipt.noise_multiplier,
+            "sample_rate": receipt.sample_rate,
+            "steps": receipt.steps,
+        }
+    return {
+        "mode": plan.privacy.mode,
+        "delta": delta,
+        "target_epsilon": epsilon,
+        "clip_norm": clip,
+        "accountant": f"PLD (dp-accounting), grid {GRID:g}",
+        "relation": "add or remove one patient",
+        "sampling": "Poisson",
+        "sites": sites,
+    }
+
+
+def _wire(transport: GridTransport) -> dict[str, Any]:
+    traffic = transport.traffic
+    return {
+        "bytes_up": transport.bytes_up,
+        "bytes_down": transport.bytes_down,
+        "messages": sum(t.messages for t in traffic.values()),
+        "largest_message": max((t.largest for t in traffic.values()), default=0),
+        "by_phase": {
+            phase: {
+                "messages": t.messages,
+                "bytes_up": t.bytes_up,
+                "bytes_down": t.bytes_down,
+            }
+            for phase, t in traffic.items()
+        },
+    }
+
+
+def write_model(plan: StudyPlan, outcome: StudyOutcome, folder: Path) -> None:
+    """Write model.safetensors and model.json: the tensors, and what is needed to use them."""
+    spec = parameter_spec(build_model(plan))
+    tensors = spec.unflatten(outcome.state.parameters)
+    data = save_tensors({name: np.ascontiguousarray(t) for name, t in tensors.items()})
+    _write_bytes(data, folder / "model.safetensors")
+    about = {
+        "schema": "fedward-model/1",
+        "version": version(),
+        "plan_sha256": plan.sha256,
+        "state_sha256": outcome.state.digest().hex(),
+        "rounds": outcome.state.round_no,
+        "plan": json.loads(plan.canonical_bytes),
+    }
+    write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", folder / "model.json")
+
+
+def write_evidence(plan: StudyPlan, outcome: StudyOutcome, folder: Path) -> None:
+    """Write what an auditor checks: the plan, each round's cohort, the sites' signed receipts."""
+    folder.mkdir(exist_ok=True)
+    _write_bytes(plan.canonical_bytes, folder / "plan.json")
+    receipts = {
+        name: {"receipt": signed.receipt.hex(), "signature": signed.signature.hex()}
+        for name, signed in sorted(outcome.receipts.items())
+    }
+    record = {
+        "schema": "fedward-evidence/1",
+        "plan_sha256": plan.sha256,
+        "transcript": outcome.transcript.hex(),
+        "rounds": [
+            {
+                "round": r.round_no,
+                "trained": r.trained,
+                "cohort": list(r.cohort),
+                "contributors": list(r.contributors),
+                "aborted": r.reason,
+            }
+            for r in outcome.reports
+        ],
+        "receipts": receipts,
+    }
+    write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", folder / "receipts.json")
+
+
+def _write_bytes(data: bytes, path: Path) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_bytes(data)
+    temporary.replace(path)

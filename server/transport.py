@@ -1,0 +1,178 @@
+"""How the study loop's bytes travel over Flower's Grid."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from flwr.app import Message, MessageType
+from flwr.serverapp import Grid
+
+from shared.errors import CohortError, ProtocolError
+from shared.flower import body_of, content
+from shared.messages import decode
+from shared.study import Joined, Refusal
+
+_LOG = logging.getLogger("fedward.server")
+
+MESSAGE_TYPES = {
+    "join": f"{MessageType.QUERY}.join",
+    "setup": f"{MessageType.QUERY}.setup",
+    "round": f"{MessageType.TRAIN}.round",
+    "agree": f"{MessageType.QUERY}.agree",
+    "release": f"{MessageType.QUERY}.release",
+    "finish": f"{MessageType.QUERY}.finish",
+}
+
+
+@dataclass
+class Traffic:
+    """What one phase has sent: messages there and back, and their bytes."""
+
+    messages: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    largest: int = 0
+
+
+class GridTransport:
+    """Sends each site's bytes to its Flower node and gathers the answers.
+
+    Flower knows nodes, not hospitals: which node is which site is learnt from the answers to
+    `join`, which goes to every node. A node that claims a name without the site's key gets no
+    further than set-up, where its signature fails.
+
+    Args:
+        grid: Flower's Grid, any engine.
+        sites: How many nodes to wait for before the first message.
+        poll_s: Seconds between two looks for answers.
+        connect_timeout_s: How long to wait for the nodes.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        sites: int,
+        *,
+        poll_s: float = 0.2,
+        connect_timeout_s: float = 300.0,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self._grid, self._expected = grid, sites
+        self._poll_s, self._connect_timeout_s = poll_s, connect_timeout_s
+        self._clock, self._sleep = clock, sleep
+        self._node_of: dict[str, int] = {}
+        self.traffic: dict[str, Traffic] = {}
+        self.refusals: list[tuple[str, str, str]] = []
+
+    @property
+    def bytes_up(self) -> int:
+        """Bytes received from sites so far."""
+        return sum(t.bytes_up for t in self.traffic.values())
+
+    @property
+    def bytes_down(self) -> int:
+        """Bytes sent to sites so far."""
+        return sum(t.bytes_down for t in self.traffic.values())
+
+    def exchange(
+        self, action: str, requests: Mapping[str, bytes], timeout_s: float
+    ) -> dict[str, bytes]:
+        """Send each site its request; return the answers that came in time.
+
+        Sites that refused, failed or stayed silent are missing from the result.
+
+        Raises:
+            CohortError: too few nodes are connected when the first message is due.
+        """
+        if action == "join":
+            return self._join(requests, timeout_s)
+        nodes = {self._node_of[site]: body for site, body in requests.items()}
+        names = {self._node_of[site]: site for site in requests}
+        replies = self._send(action, nodes, timeout_s)
+        return {names[node]: body for node, body in self._accepted(action, replies, names).items()}
+
+    def _join(self, requests: Mapping[str, bytes], timeout_s: float) -> dict[str, bytes]:
+        body = next(iter(requests.values()))
+        nodes = self._wait_for_nodes()
+        replies = self._send("join", dict.fromkeys(nodes, body), timeout_s)
+        joined: dict[str, bytes] = {}
+        for node, reply in self._accepted("join", replies, {}).items():
+            try:
+                name = decode(Joined, reply).site
+            except ProtocolError:
+                continue
+            if name in requests and name not in joined:
+                self._node_of[name] = node
+                joined[name] = reply
+        return joined
+
+    def _wait_for_nodes(self) -> list[int]:
+        deadline = self._clock() + self._connect_timeout_s
+        while True:
+            nodes = list(self._grid.get_node_ids())
+            if len(nodes) >= self._expected:
+                return nodes
+            if self._clock() >= deadline:
+                raise CohortError(
+                    f"{len(nodes)} of {self._expected} sites are connected after "
+                    f"{self._connect_timeout_s:.0f} s. Start the missing ones and try again."
+                )
+            self._sleep(self._poll_s)
+
+    def _send(self, action: str, bodies: Mapping[int, bytes], timeout_s: float) -> dict[int, bytes]:
+        """Push one message to each node and pull until all answered or the time is up."""
+        kind, tally = MESSAGE_TYPES[action], self.traffic.setdefault(action, Traffic())
+        messages = [
+            self._grid.create_message(content(body), kind, node, group_id=action, ttl=timeout_s)
+            for node, body in bodies.items()
+        ]
+        for body in bodies.values():
+            tally.messages += 1
+            tally.bytes_down += len(body)
+            tally.largest = max(tally.largest, len(body))
+        sent = dict(zip(self._grid.push_messages(messages), bodies, strict=True))
+        replies: dict[int, bytes] = {}
+        deadline = self._clock() + timeout_s
+        while sent:
+            for message in self._grid.pull_messages(list(sent)):
+                # An error reply has the SuperLink's node id: the request's id tells whose it is.
+                node = sent.pop(message.metadata.reply_to_message_id, None)
+                answer = self._body(action, message)
+                if node is not None and answer is not None:
+                    replies[node] = answer
+                    tally.messages += 1
+                    tally.bytes_up += len(answer)
+                    tally.largest = max(tally.largest, len(answer))
+            if not sent or self._clock() >= deadline:
+                break
+            self._sleep(self._poll_s)
+        return replies
+
+    def _body(self, action: str, message: Message) -> bytes | None:
+        if message.has_error():
+            _LOG.warning("%s: no answer from a site (code %s)", action, message.error.code)
+            return None
+        try:
+            return body_of(message)
+        except ProtocolError:
+            return None
+
+    def _accepted(
+        self, action: str, replies: Mapping[int, bytes], names: Mapping[int, str]
+    ) -> dict[int, bytes]:
+        """The replies that are no refusals; refusals are noted."""
+        accepted = {}
+        for node, body in replies.items():
+            try:
+                refusal = decode(Refusal, body)
+            except ProtocolError:
+                accepted[node] = body
+                continue
+            site = names.get(node, f"node {node}")
+            _LOG.warning("%s: %s refused (%s)", action, site, refusal.kind)
+            self.refusals.append((action, site, refusal.kind))
+        return accepted

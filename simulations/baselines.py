@@ -1,0 +1,109 @@
+"""What the hospitals would reach otherwise: each alone, pooled, and pooled under DP-SGD.
+
+Same model, start, splits, local learning rate and number of steps as the study. Pooling is what
+federation is there to avoid; it shows what privacy and distance cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from client.data.dataset import PatientDataset
+from client.noise import ChaChaRandom, simulation_key
+from client.training import LocalTrainer
+from shared.metrics import binary_metrics, score_histogram
+from shared.models import initial_parameters
+from shared.parameters import FlatVector
+from shared.plan import PrivacyPlan, SitePlan, StudyPlan
+from shared.privacy import epsilon_of, noise_multiplier_of
+from simulations.hospitals import Hospital
+
+
+def pool(parts: Sequence[PatientDataset]) -> PatientDataset:
+    """All patients in one dataset; a patient of two hospitals counts as two."""
+    offsets = np.cumsum([0] + [p.patient_count for p in parts])
+    return PatientDataset(
+        np.concatenate([p.inputs for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+        np.concatenate([p.patients + o for p, o in zip(parts, offsets, strict=False)]),
+        tuple(f"{i}/{name}" for i, p in enumerate(parts) for name in p.patient_ids),
+    )
+
+
+def train_baselines(
+    plan: StudyPlan, hospitals: Sequence[Hospital], seed: int, device: str
+) -> dict[str, Any]:
+    """Train the baselines and evaluate each on the pooled test patients.
+
+    Returns:
+        Tables `local`, `pooled` and, under DP, `pooled_dp`, as results.json has them. `local`
+        is each hospital alone without privacy: its metrics are the mean over hospitals, and its
+        `per_site` tests each hospital's model on its own patients.
+    """
+    test = pool([h.test for h in hospitals])
+    everyone = pool([h.train for h in hospitals])
+    patients = sum(s.expected_patients for s in plan.cohort.sites)
+    results: dict[str, Any] = {"local": _local(plan, hospitals, test, seed, device)}
+    model = _train(_without_privacy(plan), everyone, patients, seed, device)
+    results["pooled"] = {"metrics": evaluate(plan, model, test, device)}
+    sigma = noise_multiplier_of(plan)
+    if sigma is not None and plan.training.sample_rate and plan.privacy.delta:
+        model = _train(plan, everyone, patients, seed, device)
+        steps = plan.training.charged_steps
+        epsilon = epsilon_of(sigma, plan.training.sample_rate, steps, plan.privacy.delta)
+        metrics = evaluate(plan, model, test, device)
+        results["pooled_dp"] = {"metrics": metrics, "epsilon": epsilon}
+    return results
+
+
+def _local(
+    plan: StudyPlan, hospitals: Sequence[Hospital], test: PatientDataset, seed: int, device: str
+) -> dict[str, Any]:
+    pooled, own = [], {}
+    for hospital in hospitals:
+        patients = plan.cohort.expected_patients(hospital.name)
+        model = _train(_without_privacy(plan), hospital.train, patients, seed, device)
+        pooled.append(evaluate(plan, model, test, device))
+        own[hospital.name] = evaluate(plan, model, hospital.test, device)
+    keys = [k for k in pooled[0] if all(k in m for m in pooled)]
+    mean = {k: float(np.mean([m[k] for m in pooled])) for k in keys}
+    return {"metrics": mean, "per_site": own, "tested_on": "pooled"}
+
+
+def _without_privacy(plan: StudyPlan) -> StudyPlan:
+    return replace(plan, privacy=PrivacyPlan(mode="none"))
+
+
+def _train(
+    plan: StudyPlan, data: PatientDataset, expected_patients: int, seed: int, device: str
+) -> FlatVector:
+    """Train on one dataset for as many steps as a site takes in the study."""
+    site = SitePlan(plan.cohort.names[0], expected_patients)
+    others = [s for s in plan.cohort.sites if s.name != site.name]
+    plan = replace(
+        plan,
+        cohort=replace(plan.cohort, sites=(site, *others)),
+        training=replace(plan.training, proximal_mu=0.0),
+        optimizer=replace(plan.optimizer, name="fedavg"),
+    )
+    trainer = LocalTrainer(plan, site.name, data, noise_multiplier_of(plan), device=device)
+    random = ChaChaRandom(simulation_key(seed, "baseline"))
+    model = initial_parameters(plan)
+    for round_no in range(1, plan.training.rounds + 1):
+        model = model + trainer.train_round(model, random, round_no).update
+    return model
+
+
+def evaluate(
+    plan: StudyPlan, model: FlatVector, test: PatientDataset, device: str
+) -> dict[str, float]:
+    """Exact metrics of a model on test records, from the histograms that a study sums."""
+    trainer = LocalTrainer(_without_privacy(plan), plan.cohort.names[0], test, None, device=device)
+    logits = trainer.predict(model, test.inputs)
+    metrics = binary_metrics(score_histogram(logits, test.labels, plan.evaluation.bins))
+    metrics.pop("count")
+    return metrics

@@ -1,0 +1,282 @@
+"""From a scenario to a run directory: hospitals, engine, results, report."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+import sqlite3
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from client.guard import check_sensitivity
+
+from client.app import forget_sites
+from client.training import choose_device
+from server.app import make_server_app
+from server.record import server_results, write_evidence, write_model
+from server.report import write_report
+from server.results import build_results, write_results
+from server.rounds import Observer, StudyOutcome
+from server.transport import GridTransport
+from shared.config import require
+from shared.errors import CohortError
+from shared.parameters import FlatVector
+from shared.plan import StudyPlan
+from shared.privacy import noise_multiplier_of
+from simulations.baselines import evaluate, train_baselines
+from simulations.engines import run_in_process, run_on_ray
+from simulations.grid import FaultHook, no_faults
+from simulations.hospitals import Hospital, load_hospitals
+from simulations.scenario import Scenario
+from simulations.sites import write_sites
+
+POLL_S = 0.01
+"""Seconds between two looks for answers; in this process they are there at once."""
+
+EXACT_WARNING = (
+    "Metrics are exact, without noise: allowed because these hospitals are simulated. Counts, "
+    "per-site figures and curves like these never leave a real site."
+)
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What the operator chose on the command line.
+
+    Attributes:
+        out: The run directory; must not hold a run yet.
+        engine: in-process or ray.
+        device: auto, cpu or cuda.
+        baselines: Also train local-only, pooled, and pooled under DP-SGD.
+        faults: What goes wrong between server and sites; in-process engine only.
+    """
+
+    out: Path
+    engine: str = "in-process"
+    device: str = "auto"
+    baselines: bool = False
+    faults: FaultHook = no_faults
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A scenario that can be run: data are read, plan, privacy and guard have passed."""
+
+    scenario: Scenario
+    hospitals: tuple[Hospital, ...]
+    options: RunOptions
+
+    @property
+    def plan(self) -> StudyPlan:
+        """The scenario's study plan."""
+        return self.scenario.plan
+
+
+def prepare(scenario: Scenario, options: RunOptions) -> PreparedRun:
+    """Check everything that can be checked before anything is written.
+
+    Raises:
+        ConfigError: bad data, plan or folder.
+        SensitivityError: the model or its loss breaks the privacy guarantee.
+    """
+    require(
+        not (options.out / "results.json").exists(),
+        f"{options.out} already holds a run. Give another folder with --out.",
+    )
+    hospitals = load_hospitals(scenario.simulation, scenario.plan)
+    noise_multiplier_of(scenario.plan)
+    if scenario.plan.privacy.mode != "none":
+        check_sensitivity(scenario.plan, options.device)
+    return PreparedRun(scenario, hospitals, options)
+
+
+def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
+    """Run the study and write its run directory.
+
+    Args:
+        run: From `prepare`.
+        observer: Called after each round.
+
+    Returns:
+        The record that is also in results.json.
+
+    Raises:
+        CohortError: too few sites answered; the message quotes the sites' own logs.
+    """
+    started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
+    finished: list[tuple[StudyOutcome, GridTransport]] = []
+    plan, options = run.plan, run.options
+    seed = run.scenario.simulation.seed
+    with tempfile.TemporaryDirectory(prefix="fedward-") as work:
+        base = Path(work)
+        roster = write_sites(base, plan, run.hospitals, seed=seed, device=options.device)
+        folders = {h.name: base / h.name for h in run.hospitals}
+        run_id = f"{plan.name[:40]}-{started:%Y%m%d-%H%M%S}"
+        server_app = make_server_app(
+            plan,
+            run_id,
+            roster,
+            observer=observer,
+            finished=lambda outcome, transport: finished.append((outcome, transport)),
+            poll_s=POLL_S,
+        )
+        try:
+            if options.engine == "ray":
+                run_on_ray(server_app, folders)
+            else:
+                run_in_process(server_app, folders, options.faults)
+            wall_s = time.perf_counter() - clock
+            done = _Finished(*finished[0], folders, run_id, started, wall_s)
+            return _write_run(run, done)
+        except CohortError as error:
+            raise CohortError(f"{error}{_refusals(folders)}") from None
+        finally:
+            forget_sites()
+
+
+def _site_log(folder: Path, run_id: str) -> list[dict[str, Any]]:
+    file = folder / "runs" / run_id / "rounds.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def _refusals(folders: dict[str, Path]) -> str:
+    """The sites' own words; only a simulation may read them."""
+    texts = []
+    for name, folder in folders.items():
+        file = folder / "refusals.log"
+        if file.exists():
+            texts.append(f"{name}: {file.read_text(encoding='utf-8').strip().splitlines()[-1]}")
+    return (" Last refusals: " + "; ".join(texts)) if texts else ""
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """What a finished study leaves in memory and in the sites' folders."""
+
+    outcome: StudyOutcome
+    transport: GridTransport
+    folders: dict[str, Path]
+    run_id: str
+    started: datetime.datetime
+    wall_s: float
+
+
+def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
+    """Results, report, model and evidence, into a folder that appears whole."""
+    results = _results(run, done)
+    out = run.options.out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        partial.chmod(0o755)
+        write_model(run.plan, done.outcome, partial)
+        write_evidence(run.plan, done.outcome, partial / "evidence")
+        for name, folder in done.folders.items():
+            target = partial / "evidence" / "sites" / name
+            target.mkdir(parents=True)
+            _copy_database(folder / "ledger.db", target / "ledger.db")
+        write_results(results, partial / "results.json")
+        write_report(results, partial / "report.html")
+        if out.is_dir():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return results
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    """Copy an SQLite file whole, its write-ahead log included."""
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+        old.backup(new)
+
+
+def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
+    scenario, plan, simulation = run.scenario, run.plan, run.scenario.simulation
+    fields = server_results(plan, done.outcome, done.transport)
+    logs = [_site_log(folder, done.run_id) for folder in done.folders.values()]
+    _add_times(fields["rounds"], logs, parallel=run.options.engine == "ray")
+    for hospital in run.hospitals:
+        site = fields["privacy"]["sites"].get(hospital.name)
+        if site is not None:
+            site["patients"] = hospital.train.patient_count
+    fields |= {
+        "scenario": scenario.name,
+        "title": simulation.title,
+        "synthetic": simulation.source == "nodules",
+        "seed": simulation.seed,
+        "engine": run.options.engine,
+        "device": str(choose_device(run.options.device)),
+        "started": f"{done.started:%Y-%m-%dT%H:%M:%SZ}",
+        "wall_s": done.wall_s,
+        "data": {
+            "source": simulation.source,
+            "description": describe_source(simulation.source),
+        },
+        "warnings": [EXACT_WARNING],
+    }
+    fields["final"] |= {"exact": True, "per_site": _per_site(run, done.outcome.state.parameters)}
+    if run.options.baselines:
+        fields["baselines"] = train_baselines(
+            plan, run.hospitals, simulation.seed, run.options.device
+        )
+    return build_results(**fields)
+
+
+def describe_source(source: str) -> str:
+    """One line on where the patients come from."""
+    return {
+        "breast-cancer": "Wisconsin diagnostic breast cancer, 569 real patients (scikit-learn)",
+        "nodules": "Drawn chest-like images, synthetic: no patient was ever photographed",
+        "heart": "UCI heart disease, four real hospitals",
+        "npz": "MedMNIST-format file",
+        "csv": "The user's own tables",
+        "image-folder": "The user's own images",
+    }.get(source, source)
+
+
+def _add_times(
+    rounds: Sequence[dict[str, Any]], logs: Sequence[list[dict[str, Any]]], *, parallel: bool
+) -> None:
+    """Training's share of each round's wall time, from the simulated sites' own logs."""
+    spent: dict[int, list[float]] = {}
+    for entries in logs:
+        for entry in entries:
+            seconds = entry["train_s"] + entry["evaluate_s"]
+            spent.setdefault(entry["round"], []).append(seconds)
+    for entry in rounds:
+        seconds = spent.get(entry["round"], [0.0])
+        train_s = max(seconds) if parallel else sum(seconds)
+        entry["train_s"] = min(train_s, entry["wall_s"])
+        entry["secagg_s"] = max(entry["wall_s"] - train_s, 0.0)
+
+
+def _per_site(run: PreparedRun, parameters: FlatVector) -> dict[str, dict[str, float]]:
+    """The final model on each hospital's own test patients, with its patient counts."""
+    table = {}
+    for hospital in run.hospitals:
+        metrics = evaluate(run.plan, parameters, hospital.test, run.options.device)
+        table[hospital.name] = metrics | {
+            "train_patients": hospital.train.patient_count,
+            "test_patients": hospital.test.patient_count,
+            "positives": int(hospital.test.labels.sum()),
+        }
+    return table
+
+
+def default_out(scenario: Scenario, parent: Path = Path("runs")) -> Path:
+    """A new folder below `parent`, named after the scenario and the time."""
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    out = parent / f"{scenario.name}-{stamp}"
+    number = 2
+    while out.exists():
+        out = parent / f"{scenario.name}-{stamp}-{number}"
+        number += 1
+    return out
