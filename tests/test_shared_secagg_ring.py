@@ -79,6 +79,15 @@ def test_rounding_is_unbiased(bits, sites, fraction, integer) -> None:
     assert abs(np.corrcoef(first, second)[0, 1]) < 5 / np.sqrt(len(first))
 
 
+@pytest.mark.parametrize(("bits", "sites"), [(16, 4), (24, 100), (32, 4), (32, 255)])
+def test_values_spread_evenly_have_no_mean_error(bits, sites) -> None:
+    ring = Ring(bits, sites)
+    values = np.random.default_rng(1).uniform(-100, 100, 8 * CHUNK).astype(np.float32)
+    rounded = ring.signed(ring.quantise(values, clip_range=ring.limit, key=KEY))
+    errors = rounded - values.astype(np.float64)
+    assert abs(errors.mean()) < 5 * np.sqrt(1 / 6 / len(errors))
+
+
 def test_rounding_to_nearest_would_be_caught() -> None:
     values = np.full(4 * CHUNK, 0.25, np.float32)
     assert mean_error_in_sigmas(np.rint(values) - values, 0.25) > 100

@@ -33,8 +33,11 @@ def check_parameters(n: int, threshold: int, colluders: int) -> None:
 
 
 def least_threshold(n: int, colluders: int) -> int:
-    """Smallest t with 2t > n + colluders and t - colluders >= 2."""
-    return max((n + colluders) // 2 + 1, colluders + 2)
+    """Smallest t with 2t > n + colluders.
+
+    With at most n - 2 colluders it also leaves at least two honest sites in every sum.
+    """
+    return (n + colluders) // 2 + 1
 
 
 def tolerated_dropouts(n: int, threshold: int) -> int:
