@@ -1,0 +1,434 @@
+"""SVG charts from plain numbers: no script, no network, colours from the page's style sheet.
+
+A chart is drawn at a fixed size in its own units and scaled by the page, so each is given the
+size at which its letters stay readable. Every chart carries its content as a sentence (`alt`);
+the report puts the numbers into a table as well.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from server.markup import Html, element, join
+
+Point = tuple[float, float]
+CHARACTER = 6.3  # mean advance of a letter at the charts' 12 units, to keep labels apart
+LABEL_GAP = 15.0
+MOST_DOTS = 60
+MOST_COLUMNS = 60
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve; `style` is the CSS class that gives its colour and dashes."""
+
+    name: str
+    points: tuple[Point, ...]
+    style: str
+    step: bool = False  # the value holds until the next point
+    area: bool = False
+
+
+@dataclass(frozen=True)
+class Level:
+    """A horizontal reference line."""
+
+    name: str
+    value: float
+    style: str
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The plotting area: data ranges, and where they lie in the drawing."""
+
+    x: Point
+    y: Point
+    left: float
+    right: float
+    top: float
+    bottom: float
+
+    def place(self, x: float, y: float) -> Point:
+        """Drawing coordinates of a data point."""
+        along = (x - self.x[0]) / ((self.x[1] - self.x[0]) or 1)
+        up = (y - self.y[0]) / ((self.y[1] - self.y[0]) or 1)
+        return (
+            self.left + along * (self.right - self.left),
+            self.bottom - up * (self.bottom - self.top),
+        )
+
+
+def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """Round values that cover [low, high]: steps of 1, 2, 2.5 or 5 times a power of ten."""
+    if not high > low:
+        low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
+    rough = (high - low) / max(count, 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    steps = (1, 2, 5, 10) if whole else (1, 2, 2.5, 5, 10)
+    step = next(s * power for s in steps if s * power >= rough * 0.999999)
+    if whole:
+        step = max(1.0, step)
+    first = math.floor(low / step + 1e-9)
+    last = math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, last + 1)]
+
+
+def line_chart(
+    alt: str,
+    lines: Sequence[Line],
+    levels: Sequence[Level] = (),
+    *,
+    width: int,
+    height: int,
+    x_label: str,
+    limits: tuple[float | None, float | None] = (None, None),
+    labels: bool = True,
+    from_zero: bool = False,
+) -> Html:
+    """Curves over rounds, with reference lines.
+
+    Args:
+        alt: What the chart shows, in a sentence, for those who cannot see it.
+        lines: At least one point in all; x are round numbers.
+        levels: Reference lines over the whole width.
+        width: Of the drawing; letters are 12 units high.
+        height: Of the drawing.
+        x_label: Of the x axis.
+        limits: Least and greatest y that can occur at all; the axis never passes them.
+        labels: Name lines and levels at the right edge (else give a legend).
+        from_zero: Let the y axis start at 0.
+    """
+    frame, ticks = _frame(
+        lines, levels, (width, height), limits, labels=labels, from_zero=from_zero
+    )
+    drawn = [_grid(frame, ticks), _x_axis(frame, x_label, whole=True)]
+    for level in levels:
+        (x1, y), (x2, _) = (
+            frame.place(frame.x[0], level.value),
+            frame.place(frame.x[1], level.value),
+        )
+        drawn.append(element("line", x1=x1, x2=x2, y1=y, y2=y, class_=f"level {level.style}"))
+    drawn += [_curve(frame, line) for line in lines if line.points]
+    if labels:
+        ends = [(frame.place(*line.points[-1])[1], line) for line in lines if line.points]
+        tags = [(y, line.name, line.style) for y, line in ends]
+        tags += [(frame.place(0, v.value)[1], v.name, v.style) for v in levels]
+        drawn.append(_edge_labels(frame, tags))
+    return _svg(alt, width, height, drawn)
+
+
+def _frame(
+    lines: Sequence[Line],
+    levels: Sequence[Level],
+    size: tuple[int, int],
+    limits: tuple[float | None, float | None],
+    *,
+    labels: bool,
+    from_zero: bool,
+) -> tuple[Frame, list[float]]:
+    xs = [p[0] for line in lines for p in line.points]
+    ys = [p[1] for line in lines for p in line.points] + [v.value for v in levels]
+    low, high = min(ys), max(ys)
+    margin = (high - low) * 0.06 or abs(high) * 0.02 or 0.1
+    low, high = (0.0 if from_zero else low - margin), high + margin
+    if limits[0] is not None:
+        low = max(low, limits[0])
+    if limits[1] is not None:
+        high = min(high, limits[1])
+    width, height = size
+    ticks = nice_ticks(low, high, max(3, height // 60))
+    longest = max(map(len, [*(v.name for v in lines), *(v.name for v in levels)]), default=0)
+    right = min(longest * CHARACTER + 16, width * 0.34) if labels else 10
+    left = max(len(tick_text(t, ticks)) for t in ticks) * CHARACTER + 14
+    first, last = min(xs), max(xs)
+    if first == last:
+        first, last = first - 0.5, last + 0.5
+    frame = Frame((first, last), (ticks[0], ticks[-1]), left, width - right, 10, height - 38)
+    return frame, ticks
+
+
+def tick_text(value: float, ticks: Sequence[float]) -> str:
+    """A tick's number with the decimals that its axis needs."""
+    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else abs(value) or 1.0
+    if max(abs(t) for t in ticks) >= 1e6 or step < 1e-6:
+        return f"{value:.3g}"
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
+        decimals += 1
+    return f"{value:,.{decimals}f}"
+
+
+def _grid(frame: Frame, ticks: Sequence[float]) -> Html:
+    parts: list[Html] = []
+    for tick in ticks:
+        y = frame.place(frame.x[0], tick)[1]
+        parts.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="grid"))
+        label = tick_text(tick, ticks)
+        parts.append(element("text", label, x=frame.left - 8, y=y + 4, class_="tick end"))
+    return join(parts)
+
+
+def _x_axis(frame: Frame, label: str, *, whole: bool) -> Html:
+    room = max(2, int((frame.right - frame.left) // 70))
+    inner = [
+        t
+        for t in nice_ticks(*frame.x, room, whole=whole)
+        if frame.x[0] <= t <= frame.x[1] and (not whole or t == int(t))
+    ]
+    if whole and frame.x[0] == int(frame.x[0]):
+        # The first round is 1, not 0: show it unless it would touch the next label.
+        gap = (frame.x[1] - frame.x[0]) / (frame.right - frame.left) * 30
+        inner = [frame.x[0], *(t for t in inner if t - frame.x[0] > gap)]
+    parts = [
+        element(
+            "line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="axis"
+        )
+    ]
+    for tick in inner:
+        x = frame.place(tick, frame.y[0])[0]
+        parts.append(
+            element("line", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4, class_="axis")
+        )
+        parts.append(
+            element("text", f"{tick:,.0f}", x=x, y=frame.bottom + 18, class_="tick middle")
+        )
+    middle = (frame.left + frame.right) / 2
+    parts.append(element("text", label, x=middle, y=frame.bottom + 34, class_="tick middle"))
+    return join(parts)
+
+
+def _curve(frame: Frame, line: Line) -> Html:
+    points = [frame.place(*p) for p in line.points]
+    path = f"M{_pair(points[0])}"
+    for (_, y0), (x, y) in itertools.pairwise(points):
+        path += f"L{_pair((x, y0))}L{_pair((x, y))}" if line.step else f"L{_pair((x, y))}"
+    parts = []
+    if line.area and len(points) > 1:
+        floor = f"L{_pair((points[-1][0], frame.bottom))}L{_pair((points[0][0], frame.bottom))}Z"
+        parts.append(element("path", d=path + floor, class_=f"area {line.style}"))
+    parts.append(element("path", d=path, class_=f"curve {line.style}"))
+    if len(points) <= MOST_DOTS:
+        for (x, y), (n, value) in zip(points, line.points, strict=True):
+            tip = element("title", f"round {n:,.0f}: {value:.4g}")
+            parts.append(element("circle", tip, cx=x, cy=y, r=2.6, class_=f"dot {line.style}"))
+    return join(parts)
+
+
+def _edge_labels(frame: Frame, tags: list[tuple[float, str, str]]) -> Html:
+    """Names beside the right edge, pushed apart so that none covers another."""
+    ordered = sorted(tags)
+    places = spread([y for y, _, _ in ordered], LABEL_GAP, frame.top, frame.bottom)
+    parts = []
+    for (y, name, style), place in zip(ordered, places, strict=True):
+        x = frame.right
+        hook = f"M{_pair((x + 2, y))}L{_pair((x + 9, place))}"
+        parts.append(element("path", d=hook, class_=f"hook {style}"))
+        parts.append(element("text", name, x=x + 12, y=place + 4, class_=f"name {style}"))
+    return join(parts)
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Sorted places as near to the wanted ones as a least gap and two ends allow.
+
+    Where they cannot all fit, the upper end is passed.
+    """
+    blocks: list[tuple[float, int]] = []  # centre, count; neighbours that touch become one block
+    for want in wanted:
+        blocks.append((want, 1))
+        while True:
+            centre, count = blocks[-1]
+            half = (count - 1) * gap / 2
+            centre = max(min(centre, high - half), low + half)
+            blocks[-1] = (centre, count)
+            if len(blocks) < 2:
+                break
+            before, previous = blocks[-2]
+            if centre - half - (before + (previous - 1) * gap / 2) >= gap:
+                break
+            total = previous + count
+            blocks[-2:] = [((before * previous + centre * count) / total, total)]
+    return [centre + (i - (count - 1) / 2) * gap for centre, count in blocks for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar of a comparison."""
+
+    name: str
+    value: float
+    style: str
+    note: str
+
+
+def bar_chart(alt: str, bars: Sequence[Bar], *, width: int, most: float = 1.0) -> Html:
+    """Horizontal bars from 0 to `most`; the name stands above its bar, the note at its end."""
+    row, left, right = 40, 2, 118
+    height = row * len(bars) + 6
+    parts = []
+    for i, bar in enumerate(bars):
+        y = i * row + 14
+        room = width - left - right
+        length = max(1.5, room * min(max(bar.value / (most or 1), 0), 1))
+        parts.append(element("text", bar.name, x=left, y=y, class_="label"))
+        parts.append(element("rect", x=left, y=y + 6, width=room, height=12, rx=2, class_="track"))
+        parts.append(
+            element(
+                "rect", x=left, y=y + 6, width=length, height=12, rx=2, class_=f"bar {bar.style}"
+            )
+        )
+        parts.append(element("text", bar.note, x=left + room + 8, y=y + 16, class_="figure"))
+    return _svg(alt, width, height, parts)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of stacked parts, bottom first; `tip` is shown when pointed at."""
+
+    label: float
+    parts: tuple[float, ...]
+    tip: str
+
+
+def column_chart(
+    alt: str,
+    columns: Sequence[Column],
+    styles: Sequence[str],
+    *,
+    width: int,
+    height: int,
+    unit: str,
+) -> Html:
+    """Stacked columns over rounds; one CSS class per part."""
+    tallest = max(sum(c.parts) for c in columns) or 1.0
+    ticks = nice_ticks(0, tallest, max(3, height // 60))
+    first, last = columns[0].label, columns[-1].label
+    half = (last - first) / (len(columns) - 1) / 2 if len(columns) > 1 else 0.5
+    left = max(len(tick_text(t, ticks)) for t in ticks) * CHARACTER + 14
+    frame = Frame((first - half, last + half), (0, ticks[-1]), left, width - 10, 24, height - 38)
+    slot = (frame.right - frame.left) / len(columns)
+    drawn = [_grid(frame, ticks), element("text", unit, x=2, y=12, class_="tick")]
+    for column in columns:
+        base = 0.0
+        stack = [element("title", column.tip)]
+        x = frame.place(column.label, 0)[0] - min(slot * 0.38, 16)
+        for part, style in zip(column.parts, styles, strict=True):
+            top, bottom = frame.place(0, base + part)[1], frame.place(0, base)[1]
+            if part > 0:
+                stack.append(
+                    element(
+                        "rect",
+                        x=x,
+                        y=top,
+                        width=min(slot * 0.76, 32),
+                        height=max(bottom - top, 0.2),
+                        class_=style,
+                    )
+                )
+            base += part
+        drawn.append(element("g", stack))
+    drawn.append(_x_axis(frame, "round", whole=True))
+    return _svg(alt, width, height, drawn)
+
+
+State = Literal["in", "dropped", "aborted", "absent"]
+
+
+def cohort_grid(
+    alt: str, sites: Sequence[str], columns: Sequence[str], states: Sequence[Sequence[State]]
+) -> Html:
+    """One row per site, one column per round (or group of rounds): who was in, who dropped out.
+
+    Args:
+        alt: As in `line_chart`.
+        sites: Row names.
+        columns: A round's number, or a range of rounds.
+        states: Per site, one state per column.
+    """
+    cell = max(7.0, min(18.0, 640 / max(len(columns), 1)))
+    row = 18.0 if len(sites) <= 12 else 14.0
+    left = min(max((len(s) for s in sites), default=0), 28) * CHARACTER + 12
+    width, height = left + cell * len(columns) + 30, row * len(sites) + 24
+    parts = []
+    for i, (site, line) in enumerate(zip(sites, states, strict=True)):
+        y = i * row + 2
+        shown = site if len(site) <= 28 else site[:27] + "…"
+        parts.append(element("text", shown, x=left - 8, y=y + row / 2 + 3, class_="tick end"))
+        parts += [
+            _cell((left + j * cell, y), (cell - 1.5, row - 3), state, f"{site}, round {columns[j]}")
+            for j, state in enumerate(line)
+        ]
+    every = max(1, math.ceil(len(columns) * 46 / max(cell * len(columns), 1)))
+    for j in range(0, len(columns), every):
+        x = left + j * cell + cell / 2
+        label = columns[j].split("–")[0]
+        parts.append(element("text", label, x=x, y=height - 6, class_="tick middle"))
+    return _svg(alt, math.ceil(width), math.ceil(height), parts, fixed=True)
+
+
+_WORDS = {
+    "in": "contributed",
+    "dropped": "dropped out",
+    "aborted": "aborted",
+    "absent": "not asked",
+}
+
+
+def _cell(place: Point, size: Point, state: State, where: str) -> Html:
+    (x, y), (width, height) = place, size
+    tip = element("title", f"{where}: {_WORDS[state]}")
+    box = element("rect", x=x, y=y, width=width, height=height, rx=1.5, class_=f"cell-{state}")
+    if state not in ("dropped", "aborted"):
+        return element("g", tip, box)
+    # Told apart by a mark as well, for eyes and printers without colour.
+    inset = max(min(width, height) / 2 - 2.5, 1.5)
+    cx, cy = x + width / 2, y + height / 2
+    mark = f"M{_pair((cx - inset, cy - inset))}L{_pair((cx + inset, cy + inset))}"
+    if state == "dropped":
+        mark += f"M{_pair((cx - inset, cy + inset))}L{_pair((cx + inset, cy - inset))}"
+    return element("g", tip, box, element("path", d=mark, class_=f"mark-{state}"))
+
+
+def gauge(alt: str, spent: float, promised: float, *, width: int) -> Html:
+    """How much of a promise is spent: a bar whose full length is the larger of the two."""
+    full = max(spent, promised) or 1.0
+    room = width - 4
+    used = max(2.0, room * spent / full)
+    mark = 2 + room * promised / full
+    style = "bar over" if spent > promised else "bar study"
+    return _svg(
+        alt,
+        width,
+        22,
+        [
+            element("rect", x=2, y=6, width=room, height=10, rx=5, class_="track"),
+            element("rect", x=2, y=6, width=used, height=10, rx=5, class_=style),
+            element("line", x1=mark, x2=mark, y1=1, y2=21, class_="promise-mark"),
+        ],
+    )
+
+
+def swatch(style: str, kind: Literal["line", "box"] = "line") -> Html:
+    """A legend's sample of a line or a filled part; its meaning stands beside it as text."""
+    if kind == "line":
+        inner = element("line", x1=0, x2=26, y1=6, y2=6, class_=f"level {style}")
+    else:
+        inner = element("rect", x=1, y=1, width=11, height=11, rx=2, class_=style)
+    width = 26 if kind == "line" else 13
+    attributes = {"viewBox": f"0 0 {width} 13", "aria-hidden": "true"}
+    return element("svg", inner, class_="swatch", width=width, height=13, **attributes)
+
+
+def _svg(alt: str, width: int, height: int, parts: Sequence[Html], *, fixed: bool = False) -> Html:
+    attributes = {"viewBox": f"0 0 {width} {height}", "aria-label": alt}
+    if fixed:
+        attributes |= {"width": str(width), "height": str(height)}
+    return element("svg", parts, role="img", class_="chart", **attributes)
+
+
+def _pair(point: Point) -> str:
+    return f"{point[0]:.1f},{point[1]:.1f}"

@@ -1,0 +1,91 @@
+"""The report's building blocks: sections, tables, figures, lists of facts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.charts import swatch
+from server.markup import Child, Html, element, join
+
+
+@dataclass(frozen=True)
+class Column:
+    """A table's column; numbers are set flush right."""
+
+    title: str
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """A table's row, its first cell a heading; `style` is "", "strong" or "quiet"."""
+
+    cells: tuple[str, ...]
+    style: str = ""
+
+
+def section(anchor: str, title: str, *children: Child) -> Html:
+    """A part of the report that can be linked to."""
+    heading = element("h2", title, id=f"{anchor}-title")
+    labelled = {"aria-labelledby": f"{anchor}-title"}
+    return element("section", heading, children, id=anchor, **labelled)
+
+
+def table(caption: str, columns: Sequence[Column], rows: Sequence[Row]) -> Html:
+    """A table that scrolls sideways where the screen is narrower; reachable by keyboard."""
+    head = element(
+        "tr",
+        (element("th", c.title, scope="col", class_="n" if c.numeric else None) for c in columns),
+    )
+    body = element("tbody", (_row(columns, row) for row in rows))
+    inner = element("table", element("caption", caption), element("thead", head), body)
+    label = {"aria-label": caption}
+    return element("div", inner, class_="scroll", role="region", tabindex="0", **label)
+
+
+def _row(columns: Sequence[Column], row: Row) -> Html:
+    cells = [
+        element("td", cell, class_="n" if column.numeric else None)
+        for column, cell in zip(columns[1:], row.cells[1:], strict=True)
+    ]
+    heading = element("th", row.cells[0], scope="row", class_="n" if columns[0].numeric else None)
+    return element("tr", heading, cells, class_=row.style or None)
+
+
+def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
+    """Names and values, one under the other."""
+    return element(
+        "dl",
+        (join([element("dt", name), element("dd", value)]) for name, value in pairs),
+        class_="facts",
+    )
+
+
+def figure(*children: Child, caption: Child = None) -> Html:
+    """A chart with what to see in it."""
+    return element("figure", children, element("figcaption", caption) if caption else None)
+
+
+def legend(
+    entries: Sequence[tuple[str, str]], *, boxes: bool = False, narrow: bool = False
+) -> Html:
+    """Samples with their meaning, given as (style, meaning); `narrow`: on small screens only."""
+    return element(
+        "ul",
+        (
+            element("li", swatch(style, "box" if boxes else "line"), element("span", meaning))
+            for style, meaning in entries
+        ),
+        class_="legend narrow" if narrow else "legend",
+    )
+
+
+def unfold(summary: str, *children: Child) -> Html:
+    """Detail that opens on demand, and always on paper."""
+    return element("details", element("summary", summary), children)
+
+
+def paragraph(*children: Child, style: str | None = None) -> Html:
+    """A paragraph."""
+    return element("p", *children, class_=style)

@@ -1,0 +1,334 @@
+"""The report's sections on what the study achieved: curves, comparison, hospitals."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from server import facts
+from server.charts import Bar, Level, Line, bar_chart, line_chart
+from server.facts import Results, amount
+from server.markup import Html, element, join
+from server.report_parts import (
+    Column,
+    Row,
+    figure,
+    legend,
+    paragraph,
+    section,
+    table,
+    unfold,
+)
+
+MOST_OPEN_ROWS = 24
+_COMPARED = ("auroc", "balanced_accuracy", "recall", "f1")
+
+
+def result_section(results: Results) -> Html:
+    """How good the model became, per round and at the end."""
+    metric = facts.main_metric(results)
+    if metric is None:
+        return section(
+            "result",
+            "Result",
+            paragraph("This run recorded no test metrics: how good the model is, is not known."),
+        )
+    return section(
+        "result",
+        "Result",
+        _tested_on(results),
+        _main_curve(results, metric),
+        _other_curves(results, metric),
+        _comparison(results),
+        _alone(results, metric),
+    )
+
+
+def _tested_on(results: Results) -> Html:
+    patients = facts.test_patients(results)
+    who = "the hospitals' test patients"
+    if patients is not None:
+        who = f"{facts.plural(patients, 'test patient')} of all hospitals together"
+    said = f"All figures are on {who}, none of whom took part in training."
+    if (interval := facts.accuracy_interval(results)) is not None:
+        said += (
+            f" With so many patients, the final accuracy has a 95 % interval of "
+            f"{interval[0]:.3f} to {interval[1]:.3f}; smaller differences between models may be "
+            "chance."
+        )
+    return paragraph(said)
+
+
+def _points(results: Results, metric: str) -> tuple[tuple[float, float], ...]:
+    """(round, value) for the rounds after which the model was tested."""
+    found = []
+    for i, entry in enumerate(facts.rounds(results)):
+        value = facts.number(entry, "metrics", metric)
+        if value is not None:
+            found.append((float(facts.round_number(entry, i)), value))
+    return tuple(found)
+
+
+def _levels(results: Results, metric: str) -> list[Level]:
+    return [
+        Level(f"{model.name} {value:.3f}", value, model.key)
+        for model in facts.compared_models(results)[1:]
+        if (value := facts.number(model.metrics, metric)) is not None
+    ]
+
+
+def _main_curve(results: Results, metric: str) -> Html | None:
+    points, name = _points(results, metric), facts.METRICS[metric][0]
+    if not points:
+        return paragraph("The model was not tested between the rounds, so there is no curve.")
+    levels = _levels(results, metric)
+    own = facts.compared_models(results)[0].name
+    line = Line(f"{own} {points[-1][1]:.3f}", points, "study")
+    alt = (
+        f"{name} after each round: {points[0][1]:.3f} after round {points[0][0]:.0f}, "
+        f"{points[-1][1]:.3f} after round {points[-1][0]:.0f}."
+    )
+    if levels:
+        alt += " For comparison: " + "; ".join(v.name for v in levels) + "."
+    limits = (0.0, 1.0)
+    wide = line_chart(alt, [line], levels, width=860, height=300, x_label="round", limits=limits)
+    narrow = line_chart(
+        alt, [line], levels, width=400, height=240, x_label="round", limits=limits, labels=False
+    )
+    return join(
+        [
+            element("h3", f"{name} after each round"),
+            element("figure", wide, class_="wide"),
+            element("figure", narrow, class_="narrow"),
+            legend([("study", line.name), *((v.style, v.name) for v in levels)], narrow=True),
+            element(
+                "p",
+                "Dashed lines are the final values of the models this study is compared with. ",
+                "The scale does not start at 0. ",
+                element("a", "Every round in numbers", href="#numbers"),
+                class_="note",
+            ),
+        ]
+    )
+
+
+def _other_curves(results: Results, main: str) -> Html | None:
+    charts = []
+    for metric, (name, better_high) in facts.METRICS.items():
+        points = _points(results, metric)
+        if metric == main or len(points) < 2:
+            continue
+        levels = _levels(results, metric)
+        aim = "" if better_high else " (less is better)"
+        alt = f"{name}{aim} from {points[0][1]:.3f} to {points[-1][1]:.3f}."
+        chart = line_chart(
+            alt,
+            [Line(name, points, "study")],
+            levels,
+            width=290,
+            height=170,
+            x_label="round",
+            limits=(0.0, 1.0),
+            labels=False,
+        )
+        title = f"{name[0].upper()}{name[1:]}{aim}"
+        charts.append(figure(element("h4", f"{title}: {points[-1][1]:.3f}"), chart))
+    return element("div", charts, class_="multiples") if charts else None
+
+
+def _comparison(results: Results) -> Html | None:
+    """Bars and a table of all models that were tested; also the table of the final metrics."""
+    models = facts.compared_models(results)
+    present = [
+        m for m in facts.METRICS if any(facts.number(x.metrics, m) is not None for x in models)
+    ]
+    bars = []
+    for metric in [m for m in _COMPARED if m in present] if len(models) > 1 else []:
+        known = [(m, v) for m in models if (v := facts.number(m.metrics, metric)) is not None]
+        own = facts.number(models[0].metrics, metric)
+        drawn = [Bar(m.name, v, m.key, _note(v, own, m.key)) for m, v in known]
+        name = facts.METRICS[metric][0]
+        alt = f"{name}: " + "; ".join(f"{m.name} {v:.3f}" for m, v in known) + "."
+        bars.append(
+            figure(element("h4", name[0].upper() + name[1:]), bar_chart(alt, drawn, width=400))
+        )
+    columns = [Column("Model", numeric=False)]
+    columns += [Column(facts.METRICS[m][0]) for m in present]
+    rows = [
+        Row(
+            (m.name, *(amount(facts.number(m.metrics, k), 3) for k in present)),
+            "strong" if m.key == "study" else "",
+        )
+        for m in models
+    ]
+    title = "Compared with other ways to train" if len(models) > 1 else "Final metrics"
+    note = None
+    if any(m.key.startswith("local") for m in models):
+        note = paragraph(
+            "“Hospitals alone” is the mean over the hospitals, each with a model of its own.",
+            style="note",
+        )
+    none = None
+    if len(models) == 1:
+        none = paragraph(
+            "No baseline was run, so this page cannot say what privacy or cooperation cost or won.",
+            style="note",
+        )
+    caption = "Final models; the Brier score and the calibration error are better when smaller"
+    return join(
+        [
+            element("h3", title),
+            element("div", bars, class_="halves") if bars else None,
+            table(caption, columns, rows),
+            note,
+            none,
+        ]
+    )
+
+
+def _note(value: float, own: float | None, key: str) -> str:
+    if key == "study" or own is None:
+        return f"{value:.3f}"
+    gap = round(value, 3) - round(own, 3)
+    return f"{value:.3f} ({gap:+.3f})".replace("-", "−")
+
+
+def _alone(results: Results, metric: str) -> Html | None:
+    """Whether a hospital does better with a model of its own: said either way."""
+    better = facts.better_alone(results, metric)
+    if better is None:
+        return None
+    name = facts.METRICS[metric][0]
+    title = element("h3", "Would a hospital do better alone?")
+    if not better:
+        return join(
+            [
+                title,
+                paragraph(
+                    f"No: on the same test patients, no hospital's own model, trained alone "
+                    f"without privacy, has a better {name} than the model of this study."
+                ),
+            ]
+        )
+    rows = [
+        Row(
+            (
+                b.site,
+                amount(b.alone, 3),
+                amount(b.together, 3),
+                f"{b.alone - b.together:+.3f}".replace("-", "−"),
+            )
+        )
+        for b in better
+    ]
+    columns = [
+        Column("Hospital", numeric=False),
+        Column(f"{name}, alone without privacy"),
+        Column(f"{name}, this study"),
+        Column("difference"),
+    ]
+    count = facts.plural(len(better), "hospital")
+    return join(
+        [
+            title,
+            paragraph(
+                f"Yes: for {count} ({facts.listing([b.site for b in better])}) a model trained "
+                f"alone, without any privacy, has a better {name} on the same test patients. "
+                "Such a hospital gains from the study only if it wants the privacy, or the model "
+                "for patients unlike its own."
+            ),
+            _folded(table("Hospitals that do better alone", columns, rows), len(rows)),
+        ]
+    )
+
+
+def hospital_section(results: Results) -> Html:
+    """Every hospital's privacy and results, side by side."""
+    sites = facts.site_names(results)
+    if not sites:
+        return section("hospitals", "Hospitals", paragraph("No hospital is recorded."))
+    parts = [_privacy_table(results, sites), _metric_table(results, sites)]
+    count = facts.plural(len(sites), "hospital")
+    return section("hospitals", "Hospital by hospital", paragraph(f"{count} took part."), parts)
+
+
+def _privacy_table(results: Results, sites: list[str]) -> Html | None:
+    table_of = facts.mapping(facts.get(results, "privacy", "sites"))
+    rows = facts.rounds(results)
+    given = {site: sum(site in facts.names(r, "contributors") for r in rows) for site in sites}
+    if not table_of:
+        columns = [Column("Hospital", numeric=False), Column("rounds contributed")]
+        body = [Row((s, f"{given[s]:,} of {len(rows):,}")) for s in sites]
+        return _folded(table("Rounds that each hospital contributed to", columns, body), len(body))
+    columns = [
+        Column("Hospital", numeric=False),
+        Column("ε spent"),
+        Column("noise multiplier"),
+        Column("sample rate"),
+        Column("steps"),
+        Column("patients"),
+        Column("rounds contributed"),
+    ]
+    body = []
+    for site in sites:
+        spent = facts.mapping(table_of.get(site))
+        body.append(
+            Row(
+                (
+                    site,
+                    facts.spent_amount(facts.number(spent, "epsilon"), 3),
+                    amount(facts.number(spent, "noise_multiplier"), 3),
+                    _rate(facts.number(spent, "sample_rate")),
+                    facts.whole(facts.number(spent, "steps")),
+                    facts.whole(facts.number(spent, "patients")),
+                    f"{given[site]:,} of {len(rows):,}",
+                )
+            )
+        )
+    caption = (
+        "Privacy by hospital. The noise on a step's clipped sum has a standard deviation of noise "
+        "multiplier × clip norm; the sample rate is each patient's chance to be in a step"
+    )
+    return _folded(table(caption, columns, body), len(body))
+
+
+def _rate(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
+def _metric_table(results: Results, sites: list[str]) -> Html | None:
+    table_of = facts.mapping(facts.get(results, "final", "per_site"))
+    present = [
+        m for m in facts.METRICS if any(facts.number(t, m) is not None for t in table_of.values())
+    ]
+    counts = [
+        (key, title)
+        for key, title in (
+            ("train_patients", "train patients"),
+            ("test_patients", "test patients"),
+            ("positives", "positives"),
+        )
+        if any(facts.number(t, key) is not None for t in table_of.values())
+    ]
+    if not present and not counts:
+        return None
+    columns = [Column("Hospital", numeric=False), *(Column(title) for _, title in counts)]
+    columns += [Column(facts.METRICS[m][0]) for m in present]
+    body = [_metric_row(s, facts.mapping(table_of.get(s)), counts, present) for s in sites]
+    caption = "The study's final model on each hospital's own test patients"
+    return _folded(table(caption, columns, body), len(body))
+
+
+def _metric_row(
+    site: str, metrics: Mapping[str, Any], counts: list[tuple[str, str]], present: list[str]
+) -> Row:
+    cells = [facts.whole(facts.number(metrics, key)) for key, _ in counts]
+    cells += [amount(facts.number(metrics, m), 3) for m in present]
+    return Row((site, *cells))
+
+
+def _folded(content: Html, rows: int) -> Html:
+    """A long table opens on demand, so that the page stays readable."""
+    if rows <= MOST_OPEN_ROWS:
+        return content
+    return unfold(f"Show the table of {rows:,} hospitals", content)

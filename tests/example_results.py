@@ -1,0 +1,198 @@
+"""Invented records of runs, for the tests of whatever reads results.json. Not measurements."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+SHA = "0123456789abcdef" * 4
+
+
+def example_results(
+    seed: int = 0,
+    *,
+    sites: int = 4,
+    rounds: int = 40,
+    private: bool = True,
+    baselines: bool = True,
+    dropouts: bool = False,
+    tested: bool = True,
+) -> dict[str, Any]:
+    """A record as a run writes it, with plausible values drawn from `seed`."""
+    rng = random.Random(seed)
+    given = ["north", "south", "east", "west"] + [f"clinic-{i:03d}" for i in range(5, 300)]
+    names = given[:sites]
+    threshold = (sites + 1) // 2 + 1
+    wide = 1234 if sites <= 10 else 4321
+    history = [
+        _round(rng, n, names, rounds, threshold, private, dropouts, tested, wide)
+        for n in range(1, rounds + 1)
+    ]
+    results: dict[str, Any] = {
+        "schema": "fedward-results/1",
+        "version": "0.1.0",
+        "plan_sha256": SHA,
+        "scenario": "breast_cancer",
+        "title": "Breast cancer from cell nuclei, four hospitals",
+        "synthetic": False,
+        "seed": seed,
+        "engine": "in-process",
+        "device": "cpu",
+        "mode": "local" if private else "none",
+        "unit": "patient",
+        "started": "2026-01-01T10:00:00Z",
+        "wall_s": sum(r["wall_s"] for r in history) + 1.5,
+        "data": {
+            "source": "breast-cancer",
+            "description": "Wisconsin diagnostic breast cancer, 569 real patients (scikit-learn)",
+            "licence": "CC BY 4.0",
+        },
+        "model": {"name": "mlp", "parameters": wide, "sha256": SHA[::-1]},
+        "cohort": {
+            "sites": names,
+            "threshold": threshold,
+            "colluders": 1,
+            "tolerated_dropouts": sites - threshold,
+        },
+        "secure_sum": {
+            "bits": 24,
+            "coordinates": wide + 566,
+            "clip_range": 1.0,
+            "protocol": "fedward-secagg/1",
+        },
+        "rounds": history,
+        "final": {
+            "metrics": _metrics(rng, 0.962 if private else 0.989) | {"patients": 30 * sites}
+            if tested
+            else {},
+            "exact": True,
+            "per_site": {n: _site(rng, tested) for n in names},
+        },
+        "baselines": _baselines(rng, names, private) if baselines else None,
+        "privacy": _privacy(rng, names, private),
+        "wire": _wire(history, sites),
+        "warnings": ["Metrics are exact, without noise: allowed in simulations only."],
+    }
+    return results
+
+
+def _round(
+    rng: random.Random,
+    number: int,
+    names: list[str],
+    rounds: int,
+    threshold: int,
+    private: bool,
+    dropouts: bool,
+    tested: bool,
+    wide: int,
+) -> dict[str, Any]:
+    gone = [n for n in names if dropouts and rng.random() < 0.06]
+    if dropouts and number == max(2, rounds // 3):
+        gone = names[: len(names) - threshold + 1]
+    aborted = len(names) - len(gone) < threshold
+    train_s, secagg_s = rng.uniform(0.05, 0.08), rng.uniform(0.015, 0.03)
+    progress = 1 - 0.6 * 0.86**number
+    entry: dict[str, Any] = {
+        "round": number,
+        "cohort": list(names),
+        "contributors": [] if aborted else [n for n in names if n not in gone],
+        "dropped": gone,
+        "aborted": aborted,
+        "wall_s": train_s + secagg_s + rng.uniform(0.002, 0.006),
+        "train_s": train_s,
+        "secagg_s": secagg_s,
+        "bytes_up": len(names) * (wide + 566) * 3 + rng.randrange(4000),
+        "bytes_down": len(names) * (wide + 566) * 4 + rng.randrange(4000),
+        "metrics": None if aborted or not tested else _metrics(rng, 0.965 * progress + 0.01),
+    }
+    if private:
+        entry["epsilon"] = 3.98 * (number / rounds) ** 0.6
+    return entry
+
+
+def _metrics(rng: random.Random, level: float) -> dict[str, float]:
+    def near(value: float) -> float:
+        return min(max(value + rng.gauss(0, 0.006), 0.0), 1.0)
+
+    return {
+        "auroc": near(level),
+        "accuracy": near(level - 0.04),
+        "balanced_accuracy": near(level - 0.05),
+        "recall": near(level - 0.09),
+        "specificity": near(level - 0.02),
+        "f1": near(level - 0.06),
+        "brier": near((1 - level) * 1.4 + 0.02),
+        "ece": near((1 - level) + 0.02),
+    }
+
+
+def _site(rng: random.Random, tested: bool) -> dict[str, Any]:
+    counts = {"train_patients": rng.randrange(60, 220), "test_patients": 30}
+    counts["positives"] = rng.randrange(8, 20)
+    return (_metrics(rng, 0.95) if tested else {}) | counts
+
+
+def _baselines(rng: random.Random, names: list[str], private: bool) -> dict[str, Any]:
+    alone = {n: _metrics(rng, rng.choice([0.93, 0.94, 0.985])) for n in names}
+    mean = {k: sum(m[k] for m in alone.values()) / len(alone) for k in alone[names[0]]}
+    found: dict[str, Any] = {
+        "local": {"metrics": mean, "per_site": alone},
+        "pooled": {"metrics": _metrics(rng, 0.99)},
+    }
+    if private:
+        found["pooled_dp"] = {"metrics": _metrics(rng, 0.972), "epsilon": 3.99}
+    return found
+
+
+def _privacy(rng: random.Random, names: list[str], private: bool) -> dict[str, Any]:
+    if not private:
+        return {"mode": "none", "sites": {}}
+    return {
+        "mode": "local",
+        "delta": 1e-5,
+        "target_epsilon": 4.0,
+        "clip_norm": 1.0,
+        "accountant": "PLD (dp-accounting), grid 0.0001",
+        "relation": "add or remove one patient",
+        "sampling": "Poisson",
+        "sites": {
+            n: {
+                "epsilon": 3.98,
+                "noise_multiplier": 1.123,
+                "sample_rate": 0.1,
+                "steps": 200,
+                "patients": rng.randrange(60, 220),
+            }
+            for n in names
+        },
+    }
+
+
+def _wire(history: list[dict[str, Any]], sites: int) -> dict[str, Any]:
+    up, down = (sum(r[k] for r in history) for k in ("bytes_up", "bytes_down"))
+    setup = sites * sites * 2000
+    return {
+        "bytes_up": up + setup,
+        "bytes_down": down + setup,
+        "messages": len(history) * sites * 4 + sites * 8,
+        "largest_message": 7400,
+        "by_phase": {
+            "advertise": {"messages": 2 * sites, "bytes_up": setup // 4, "bytes_down": setup // 4},
+            "encapsulate": {
+                "messages": 2 * sites,
+                "bytes_up": setup - setup // 4,
+                "bytes_down": setup - setup // 4,
+            },
+            "masked_input": {
+                "messages": len(history) * sites * 2,
+                "bytes_up": up - up // 9,
+                "bytes_down": down - down // 5,
+            },
+            "agree": {
+                "messages": len(history) * sites * 2,
+                "bytes_up": up // 9,
+                "bytes_down": down // 5,
+            },
+        },
+    }
