@@ -119,13 +119,14 @@ class Ledger:
             PolicyError: a line was changed or removed; the message names the first bad one.
         """
         previous = bytes(32)
-        for number, body, chain in self._db.execute(
-            "SELECT number, body, chain FROM event ORDER BY number"
+        for row in self._db.execute(
+            "SELECT number, run, round, descriptor, steps, body, chain FROM event ORDER BY number"
         ):
-            previous = _link(previous, bytes(body))
-            if previous != bytes(chain):
+            body = row[5] if isinstance(row[5], bytes) else str(row[5]).encode()
+            previous = _link(previous, body)
+            if previous != row[6] or row[1:5] != _columns(body):
                 raise PolicyError(
-                    f"the ledger's line {number} does not follow from the one before it: a line "
+                    f"the ledger's line {row[0]} does not follow from the one before it: a line "
                     "was changed or removed. Restore the ledger from a backup before any study."
                 )
 
@@ -136,3 +137,9 @@ class Ledger:
 
 def _link(previous: bytes, body: bytes) -> bytes:
     return hashlib.sha256(b"fedward-ledger/1" + previous + body).digest()
+
+
+def _columns(body: bytes) -> tuple[str, int, str, int]:
+    """What the columns beside a body must say."""
+    charge = Charge(**json.loads(body))
+    return charge.run, charge.round_no, charge.descriptor, charge.steps
