@@ -1,45 +1,37 @@
-"""The member's side of the secure sum: one site's state machine, without any I/O."""
+"""The member's side of the secure sum: one site's state machine, without any I/O.
+
+A caller wraps each call in one durable transaction of the store, which commits **before** the
+returned bytes leave the site. A member that is rebuilt from the same store goes on exactly: it
+gives the same bytes to the same request, and refuses what it must. PROTOCOL.md has the steps.
+
+    member = Member(session, identity, store)
+    S1 advertise   S2 encapsulate   S3 prekeys   S4 confirm   S5 activate
+    ticket = member.open_round(r0, model_hash=...)          # R0
+    reply = ticket.reply or member.masked_input(ticket, vector)   # R1
+    member.agree(r2); member.release(r3)                    # R2, and R3 after dropouts
+    member.accept_result(result); member.check_chunks(package)
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import MutableMapping
-from dataclasses import dataclass
 
-import numpy as np
-import numpy.typing as npt
-
+from client import secagg_recheck, secagg_round, secagg_setup
+from client.secagg_round import Outcome, RoundTicket
+from client.secagg_state import PROGRESS, SESSION, Progress, Site
+from shared.errors import ConfigError, ProtocolError
 from shared.identity import Identity
 from shared.secagg.keys import Random
 from shared.secagg.masking import Source
+from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
 
-RingVector = npt.NDArray[np.uint32]
-
-
-@dataclass(frozen=True, slots=True)
-class RoundTicket:
-    """Leave to take part in one round; `reply` is set when the answer was already given."""
-
-    round: int
-    digest: bytes
-    cohort: tuple[str, ...]
-    reply: bytes | None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a round ended: a sum (uint32, (d,)), or None and a reason."""
-
-    round: int
-    total: RingVector | None
-    contributors: tuple[str, ...]
-    transcript: bytes
-    reason: str = ""
+__all__ = ["Member", "Outcome", "RoundTicket"]
 
 
 class Member:
-    """One site's state, kept in `store`; the caller commits the store before bytes leave."""
+    """One site's part in one epoch; all of its state is in the store."""
 
     def __init__(
         self,
@@ -47,53 +39,133 @@ class Member:
         identity: Identity,
         store: MutableMapping[str, bytes],
         random: Random = os.urandom,
-    ) -> None: ...
+    ) -> None:
+        """Begin an epoch on an empty store, or go on with the one that the store is of.
 
-    # Set-up: every call takes what the relay made for this member and gives the reply.
-    def advertise(self) -> bytes:  # S1
-        raise NotImplementedError
+        Raises:
+            ConfigError: the identity is not in the roster, or the store is of another session.
+        """
+        names = [name for name, public in session.roster if public == identity.public]
+        if not names:
+            raise ConfigError("this site's identity is not in the roster of the session")
+        self._site = Site(session, identity, names[0], store, random)
+        if store.setdefault(SESSION, session.hash()) != session.hash():
+            raise ConfigError("the store is of another session; each epoch has a store of its own")
+        if PROGRESS not in store:
+            first = session.first_round
+            start = Progress(first, first, first, session.start, False, False, bytes(32), ())
+            self._site.save(PROGRESS, start)
 
-    def encapsulate(self, s1: bytes) -> bytes:  # S2
-        raise NotImplementedError
+    def advertise(self) -> bytes:
+        """S1: this site's ephemeral public keys, signed."""
+        return secagg_setup.advertise(self._checked())
 
-    def prekeys(self, s2: bytes) -> bytes:  # S3
-        raise NotImplementedError
+    def encapsulate(self, s1: bytes) -> bytes:
+        """S2: KEM ciphertexts, after everyone's keys were checked."""
+        return secagg_setup.encapsulate(self._checked(), s1)
 
-    def confirm(self, s3: bytes) -> bytes:  # S4
-        raise NotImplementedError
+    def prekeys(self, s2: bytes) -> bytes:
+        """S3: prekeys of the first batch; the ephemeral keys are erased."""
+        return secagg_setup.prekeys(self._checked(), s2)
 
-    def activate(self, s4: bytes) -> None:  # S5
-        raise NotImplementedError
+    def confirm(self, s3: bytes) -> bytes:
+        """S4: a signature over the set-up transcript, after all shares were checked."""
+        return secagg_setup.confirm(self._checked(), s3)
 
-    # A round.
+    def activate(self, s4: bytes) -> None:
+        """S5: everyone signed the same transcript; rounds may begin."""
+        secagg_setup.activate(self._checked(), s4)
+
+    def refill(self, request: bytes) -> bytes:
+        """One step of a refill outside a round; within rounds it rides with R0 and R1."""
+        return secagg_setup.refill(self._checked(), request)
+
     def open_round(self, r0: bytes, *, model_hash: bytes) -> RoundTicket:
-        raise NotImplementedError
+        """R0: a ticket for this round, or one with the cached reply if it was answered before.
 
-    def masked_input(self, ticket: RoundTicket, source: RingVector | Source) -> bytes:  # R1
-        raise NotImplementedError
+        Args:
+            r0: What the relay made for this site.
+            model_hash: 32 bytes over the model and the optimiser's state that this site itself
+                computed from the published sums.
+
+        Raises:
+            ProtocolError: a used or older round, another model, history, run or cohort.
+            CohortError: the cohort is too small.
+        """
+        return secagg_round.open_round(self._checked(), r0, model_hash)
+
+    def masked_input(self, ticket: RoundTicket, source: RingVector | Source) -> bytes:
+        """R1: the masked vector, signed.
+
+        Args:
+            ticket: From `open_round`; it serves once.
+            source: uint32, shape (d,), below 2^bits, or a source that quantises as it is masked.
+        """
+        return secagg_round.masked_input(self._checked(), ticket, source)
 
     def agree(self, r2: bytes) -> bytes:
-        raise NotImplementedError
+        """R2: this site's one signature over U3; with its self-mask shares if nobody is missing.
+
+        Raises:
+            ProtocolError: U3 is too small, is not of this round, holds a contribution that its
+                site did not sign, or is another one than was signed before; or a recheck is due.
+        """
+        return secagg_round.agree(self._checked(), r2)
 
     def release(self, r3: bytes) -> bytes:
-        raise NotImplementedError
+        """R3: self-mask shares of U3 and recovery shares of the rest, on t signatures.
+
+        Raises:
+            ProtocolError: fewer than t sites signed the very set that this site signed, or the
+                shares were given out.
+        """
+        return secagg_round.release(self._checked(), r3)
 
     def accept_result(self, result: bytes) -> Outcome:
-        """A Result or an Abort; the same bytes again give the same outcome."""
-        raise NotImplementedError
+        """End a round, also one that this site missed; the same bytes give the same outcome.
 
-    # The recheck of the published sum: needed before `agree` of the next round.
-    @property
-    def awaits_recheck(self) -> bool:
-        raise NotImplementedError
+        Raises:
+            ProtocolError: another history or set than this site knows, fewer than t signatures,
+                or this site's own signature that its state does not know (restored from an older
+                copy): then it refuses everything until a new epoch.
+        """
+        return secagg_round.accept_result(self._checked(), result)
 
     def check_chunks(self, package: bytes) -> None:
-        raise NotImplementedError
+        """Recompute this site's chunks of a published sum.
+
+        Raises:
+            ProtocolError: the published sum is false, or the package is; `agree` then refuses.
+        """
+        secagg_recheck.check_chunks(self._checked(), package)
+
+    @property
+    def name(self) -> str:
+        """This site's name in the roster."""
+        return self._site.name
+
+    @property
+    def awaits_recheck(self) -> bool:
+        """Whether a package must come before `agree` signs again."""
+        return bool(self._progress().rechecks_due)
 
     @property
     def transcript(self) -> bytes:
-        raise NotImplementedError
+        """T, the chain over all rounds so far; 32 bytes."""
+        return self._progress().transcript
 
     @property
-    def last_round(self) -> int:
-        raise NotImplementedError
+    def next_round(self) -> int:
+        """The lowest round number that this site may still open."""
+        return self._progress().next_round
+
+    def _progress(self) -> Progress:
+        return self._site.need(Progress, PROGRESS, "the store is damaged")
+
+    def _checked(self) -> Site:
+        if self._progress().lost:
+            raise ProtocolError(
+                f"{self.name}: its state is older than its own signatures; it may join only with "
+                "a new epoch"
+            )
+        return self._site

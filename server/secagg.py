@@ -1,100 +1,379 @@
 """The relay's side of the secure sum: routes, adds, unmasks; holds no key.
 
-relay = Relay(session)
-s1 = relay.advertised({name: member.advertise()})       # all sites' replies in, requests out
-s2 = relay.encapsulated({name: member.encapsulate(s1[name])})
-s3 = relay.dealt({name: member.prekeys(s2[name])})
-s4 = relay.confirmed({name: member.confirm(s3[name])})  # then member.activate(s4[name])
-r0 = relay.open_round(1, model_hash=..., cohort=...)
-relay.add_masked(name, reply)                           # as they come
-r2 = relay.close_inputs()                               # CohortError: abort
-relay.add_agreement(name, reply)
-r3 = relay.close_agreement()                            # {} when nobody dropped out
-relay.add_release(name, reply)
-total = relay.unmask(); result = relay.publish()        # or relay.abort("why")
-packages = relay.recheck_packages()                     # member.check_chunks(packages[name])
+    relay = Relay(session)
+    s1 = relay.advertised({name: member.advertise(), ...})   # all sites' replies in, requests out
+    s2 = relay.encapsulated({name: member.encapsulate(s1[name]), ...})
+    s3 = relay.dealt({name: member.prekeys(s2[name]), ...})
+    s4 = relay.confirmed({name: member.confirm(s3[name]), ...})  # then member.activate(s4[name])
+
+    r0 = relay.open_round(1, model_hash=...)     # one request for each site of the cohort
+    relay.add_masked(name, reply)                # as they come
+    r2 = relay.close_inputs()                    # CohortError: relay.abort("...")
+    relay.add_agreement(name, reply)
+    r3 = relay.close_agreement()                 # {} when nobody dropped out
+    relay.add_release(name, reply)
+    total = relay.unmask()
+    result = relay.publish()                     # to all sites, absent ones included, in order
+    packages = relay.recheck_packages(name)      # to this site before its next R2
+
+A reply that is refused raises an error that names the site; the round goes on without it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
 
-import numpy as np
-import numpy.typing as npt
-
+from server.secagg_refill import Refill, Stage
+from server.secagg_round import Kept, Rechecks, RelayRound
+from server.secagg_setup import Batch, Deal, check_deal, deliveries
+from shared.errors import ConfigError, ProtocolError
+from shared.messages import U32, Blob, ByName, Many, Maybe, Nested, decode, encode, message
+from shared.secagg import transcript
+from shared.secagg.messages import (
+    MAX_REASON_BYTES,
+    MAX_SITES,
+    S1,
+    S2,
+    Abort,
+    Descriptor,
+    Hash,
+    Names,
+    Opening,
+    RefillStep,
+)
+from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
 
-RingVector = npt.NDArray[np.uint32]
+REFILL_MARGIN = 12
+"""Rounds before the prekeys end at which a refill begins; it takes three if nobody fails."""
+
+_NO_ROUND = "no round is open"
+
+
+@message(0x0302)
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What a relay needs to go on after a restart; it holds no secret that sites did not open."""
+
+    session: Hash
+    setup: Hash
+    transcript: Hash
+    next_round: Annotated[int, U32]
+    next_batch: Annotated[int, U32]
+    batches: Annotated[tuple[Batch, ...], Many(Nested(Batch))]
+    unactivated: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
+    open_descriptor: Annotated[bytes, Blob()]
+    kept: Annotated[Kept | None, Maybe(Nested(Kept))]
+    settled: Names
+    owed: Annotated[Mapping[str, tuple[bytes, ...]], ByName(Many(Blob()), MAX_SITES)]
 
 
 class Relay:
-    def __init__(self, session: Session) -> None: ...
+    """The coordinator's part in one epoch."""
+
+    def __init__(self, session: Session) -> None:
+        """Begin an epoch; `restore` goes on with one."""
+        self.session = session
+        self.transcript = session.start
+        self.next_round = session.first_round
+        self.faults: list[str] = []
+        self._setup = bytes(32)
+        self._s1: dict[str, Deal] = {}
+        self._batches: list[Batch] = []
+        self._next_batch = 0
+        self._refill: Refill | None = None
+        self._unactivated: dict[str, bytes] = {}
+        self._asked: dict[str, tuple[str, ...]] = {}
+        self._round: RelayRound | None = None
+        self._rechecks: Rechecks | None = None
+        self._settled: set[str] = set()
+        self._owed: dict[str, tuple[bytes, ...]] = {}
+
+    # Set-up.
 
     def advertised(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
-        raise NotImplementedError
+        """S1 of every site in, each site's request for S2 out.
+
+        Raises:
+            ProtocolError: a site is missing or its message is bad; it is named.
+        """
+        self._s1 = self._deals(replies, S1)
+        return {name: deliveries(self.session, self._s1, name) for name in self.session.names}
 
     def encapsulated(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
-        raise NotImplementedError
+        """S2 of every site in, each site's request for S3 out."""
+        s2 = self._deals(replies, S2)
+        names = self.session.names
+        self._setup = transcript.setup_transcript(
+            self.session, (self._s1[n].digest for n in names), (s2[n].digest for n in names)
+        )
+        self._refill = Refill(self.session, self._setup, 0, self.session.first_round)
+        return {name: deliveries(self.session, s2, name) for name in names}
 
     def dealt(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
-        raise NotImplementedError
+        """S3 of every site in, each site's request for S4 out."""
+        return self._first_batch(replies, Stage.DEALING)
 
     def confirmed(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
-        raise NotImplementedError
+        """S4 of every site in, each site's S5 out; rounds may begin once a site has its S5."""
+        return self._first_batch(replies, Stage.CONFIRMING)
+
+    # Rounds.
 
     def open_round(
         self, round_no: int, *, model_hash: bytes, cohort: tuple[str, ...] | None = None
     ) -> dict[str, bytes]:
-        """R0 for each site of the cohort (default: every site with prekeys for the round)."""
-        raise NotImplementedError
+        """R0 for each site of the cohort (default: all sites that have prekeys for the round).
+
+        Raises:
+            ConfigError: the round number is used up, or the cohort is not one the sites accept.
+            ProtocolError: the last round is still open, or the prekeys do not cover this one.
+        """
+        if self._round is not None:
+            raise ProtocolError(f"round {self._round.what.round} is open; publish or abort it")
+        if round_no < self.next_round:
+            raise ConfigError(f"round {round_no} is used up; {self.next_round} is the next")
+        self._advance_refill(round_no, cohort)
+        batch = self._batch_of(round_no)
+        chosen = batch.members if cohort is None else tuple(sorted(cohort))
+        if not set(chosen) <= set(batch.members) or len(set(chosen)) != len(chosen):
+            raise ConfigError(f"round {round_no}: the cohort holds sites without prekeys")
+        if len(chosen) < self.session.least_contributors:
+            raise ConfigError(
+                f"round {round_no}: a cohort of {len(chosen)} is too small; "
+                f"{self.session.least_contributors} are needed"
+            )
+        descriptor = Descriptor(
+            session=self.session.hash(),
+            batch=batch.transcript,
+            round=round_no,
+            model=model_hash,
+            transcript=self.transcript,
+            cohort=chosen,
+        )
+        self._round = RelayRound(self.session, batch, encode(descriptor))
+        self.next_round = round_no + 1
+        return {
+            name: encode(Opening(self._round.descriptor, self._refill_step(name)))
+            for name in chosen
+        }
 
     def add_masked(self, name: str, reply: bytes) -> None:
         """Add one site's R1; ProtocolError names the site when it is late, forged or malformed."""
-        raise NotImplementedError
+        riding = self._open().add_masked(name, reply)
+        if riding:
+            self.add_refill(name, riding)
 
     def close_inputs(self) -> dict[str, bytes]:
-        """R2 for each site of U3; CohortError when too few answered."""
-        raise NotImplementedError
+        """R2 for each site of U3; CohortError when too few vectors came."""
+        return self._open().close_inputs()
 
     def add_agreement(self, name: str, reply: bytes) -> None:
-        raise NotImplementedError
+        """Take one site's answer to R2; ProtocolError names the site."""
+        self._open().add_agreement(name, reply)
+        # A site signs only when all its rechecks have passed.
+        self._settled.add(name)
+        self._owed.pop(name, None)
 
     def close_agreement(self) -> dict[str, bytes]:
-        """R3 for each site that signed, or {} when U3 is the whole cohort; CohortError."""
-        raise NotImplementedError
+        """R3 for each site that signed, {} when nobody dropped out; CohortError."""
+        return self._open().close_agreement()
 
     def add_release(self, name: str, reply: bytes) -> None:
-        raise NotImplementedError
+        """Take one site's answer to R3; ProtocolError names the site."""
+        self._open().add_release(name, reply)
 
     def unmask(self) -> RingVector:
         """The sum over U3, uint32 (d,); CohortError, or ProtocolError that names a liar."""
-        raise NotImplementedError
+        return self._open().unmask()
 
     def publish(self) -> bytes:
-        """The Result for all sites (also those that were absent); ends the round."""
-        raise NotImplementedError
+        """The Result for all sites; ends the round."""
+        ended = self._open()
+        result, self.transcript = ended.result()
+        if self._rechecks is not None:
+            for name in set(self._rechecks.checkers()) - self._settled:
+                self._owed[name] = (*self._owed.get(name, ()), self._rechecks.package(name))
+        self._rechecks, self._settled = Rechecks(self.session, ended.keep()), set()
+        self._round = None
+        return result
 
     def abort(self, reason: str) -> bytes:
         """The Abort for all sites; ends the round."""
-        raise NotImplementedError
+        ended = self._open()
+        self.transcript = transcript.aborted_transcript(self.transcript, ended.digest)
+        self._round = None
+        readable = "".join(c for c in reason if c.isascii() and c.isprintable())
+        return encode(Abort(ended.descriptor, readable[:MAX_REASON_BYTES]))
 
-    def recheck_packages(self) -> dict[str, bytes]:
-        """For each site of the last U3 that has chunks to recheck, its package."""
-        raise NotImplementedError
-
-    @property
-    def transcript(self) -> bytes:
-        raise NotImplementedError
+    def recheck_packages(self, name: str) -> tuple[bytes, ...]:
+        """The packages that a site needs before it signs again, oldest first."""
+        packages = self._owed.get(name, ())
+        rechecks = self._rechecks
+        if rechecks is not None and name not in self._settled and name in rechecks.checkers():
+            packages = (*packages, rechecks.package(name))
+        return packages
 
     @property
     def contributors(self) -> tuple[str, ...]:
-        raise NotImplementedError
+        """U3 of the open round, once inputs are closed."""
+        return self._open().contributors
+
+    # Refills; they ride with rounds, and can be sent apart when the prekeys have run out.
+
+    def covers(self, round_no: int) -> bool:
+        """Whether confirmed prekeys reach this round."""
+        return any(
+            batch.first_round <= round_no < batch.first_round + self.session.prekey_rounds
+            for batch in self._batches
+        )
+
+    def refill_requests(self, cohort: tuple[str, ...] | None = None) -> dict[str, bytes]:
+        """One step of a refill outside a round, for `Member.refill`; {} when none is due."""
+        self._advance_refill(self.next_round, cohort)
+        steps = {name: self._refill_step(name) for name in cohort or self.session.names}
+        return {name: step for name, step in steps.items() if step}
+
+    def add_refill(self, name: str, reply: bytes) -> None:
+        """Take a site's answers to a refill's steps; a bad one spoils the batch, not the round."""
+        asked = self._asked.pop(name, ())
+        try:
+            answers = decode(RefillStep, reply).items
+            if len(answers) != len(asked):
+                raise ProtocolError(f"{len(answers)} answers to {len(asked)} steps of a refill")
+            for step, answer in zip(asked, answers, strict=True):
+                if step == "activate" and not answer:
+                    self._unactivated.pop(name, None)
+                elif self._refill is not None and step == self._refill.stage.value:
+                    self._refill.reply(name, answer)
+        except ProtocolError as error:
+            self.faults.append(f"refill: {name}: {error}")
+            if self._refill is not None:
+                self._refill.faults[name] = str(error)
+
+    # Checkpoints.
 
     def snapshot(self) -> bytes:
-        """Everything, for a checkpoint: take it after open_round and after publish or abort,
-        before their bytes leave."""
-        raise NotImplementedError
+        """Everything, for a checkpoint; take it after `open_round` and after `publish` or
+        `abort`, and store it **before** their bytes leave.
+
+        A round that was open when the relay stopped can only be aborted after `restore`.
+        """
+        return encode(
+            Snapshot(
+                session=self.session.hash(),
+                setup=self._setup,
+                transcript=self.transcript,
+                next_round=self.next_round,
+                next_batch=self._next_batch,
+                batches=tuple(self._batches),
+                unactivated=self._unactivated,
+                open_descriptor=self._round.descriptor if self._round else b"",
+                kept=self._rechecks.kept if self._rechecks else None,
+                settled=tuple(sorted(self._settled)),
+                owed=self._owed,
+            )
+        )
 
     @classmethod
     def restore(cls, session: Session, data: bytes) -> Relay:
-        raise NotImplementedError
+        """Go on from a `snapshot`.
+
+        Raises:
+            ConfigError: it is of another session.
+            ProtocolError: it is damaged.
+        """
+        saved = decode(Snapshot, data)
+        if saved.session != session.hash():
+            raise ConfigError("the checkpoint is of another session")
+        relay = cls(session)
+        relay.transcript, relay.next_round = saved.transcript, saved.next_round
+        relay._setup, relay._next_batch = saved.setup, saved.next_batch
+        relay._batches = list(saved.batches)
+        relay._unactivated = dict(saved.unactivated)
+        relay._rechecks = Rechecks(session, saved.kept) if saved.kept else None
+        relay._settled, relay._owed = set(saved.settled), dict(saved.owed)
+        if saved.open_descriptor:
+            batch = relay._batch_of(decode(Descriptor, saved.open_descriptor).round)
+            relay._round = RelayRound(session, batch, saved.open_descriptor)
+        return relay
+
+    def _deals(self, replies: Mapping[str, bytes], step: int) -> dict[str, Deal]:
+        missing = set(self.session.names) - set(replies)
+        if missing:
+            raise ProtocolError(
+                f"S{step} is missing from {sorted(missing)}; set-up needs all sites"
+            )
+        place = (step, 0, self.session.first_round)
+        return {n: check_deal(self.session, n, replies[n], place) for n in self.session.names}
+
+    def _first_batch(self, replies: Mapping[str, bytes], stage: Stage) -> dict[str, bytes]:
+        refill = self._refill
+        if refill is None or refill.stage is not stage or refill.number != 0:
+            raise ProtocolError("the steps of the set-up are out of order")
+        missing = set(self.session.names) - set(replies)
+        if missing:
+            raise ProtocolError(f"set-up needs all sites; missing: {sorted(missing)}")
+        for name in self.session.names:
+            refill.reply(name, replies[name])
+        if stage is Stage.DEALING:
+            refill.close_dealing()
+            return {name: refill.request(name) for name in self.session.names}
+        batch = refill.finish()
+        self._batches, self._refill, self._next_batch = [batch], None, 1
+        self.transcript = transcript.first_transcript(self.session, batch.transcript)
+        return dict.fromkeys(self.session.names, batch.activation)
+
+    def _advance_refill(self, round_no: int, cohort: tuple[str, ...] | None) -> None:
+        """Take the refill one step on, begin one when it is time, give up a spoilt one."""
+        rounds = self.session.prekey_rounds
+        self._batches = [b for b in self._batches if round_no < b.first_round + rounds]
+        refill, present = self._refill, set(cohort or self.session.names)
+        if refill is not None:
+            try:
+                if refill.stage is Stage.DEALING:
+                    refill.close_dealing(set(refill.faults) | set(refill.members) - present)
+                elif not refill.waiting:
+                    batch = refill.finish()
+                    self._batches.append(batch)
+                    self._unactivated = dict.fromkeys(batch.members, batch.activation)
+                    self._refill = None
+                else:
+                    raise ProtocolError(f"not confirmed by {', '.join(refill.waiting)}")
+            except ProtocolError as error:
+                self.faults.append(f"refill: batch {refill.number} is given up: {error}")
+                self._refill = None
+        ends = max((b.first_round + rounds for b in self._batches), default=round_no)
+        if self._refill is None and ends - round_no <= min(rounds, REFILL_MARGIN):
+            self._refill = Refill(self.session, self._setup, self._next_batch, ends)
+            self._next_batch += 1
+
+    def _refill_step(self, name: str) -> bytes:
+        items, asked = [], []
+        if name in self._unactivated:
+            items.append(self._unactivated[name])
+            asked.append("activate")
+        if self._refill is not None:
+            request = self._refill.request(name)
+            if request:
+                items.append(request)
+                asked.append(self._refill.stage.value)
+        self._asked[name] = tuple(asked)
+        return encode(RefillStep(tuple(items))) if items else b""
+
+    def _batch_of(self, round_no: int) -> Batch:
+        rounds = self.session.prekey_rounds
+        for batch in self._batches:
+            if batch.first_round <= round_no < batch.first_round + rounds:
+                return batch
+        raise ProtocolError(
+            f"the prekeys do not cover round {round_no}; send refill_requests to the sites until "
+            "they do, or begin a new epoch"
+        )
+
+    def _open(self) -> RelayRound:
+        if self._round is None:
+            raise ProtocolError(_NO_ROUND)
+        return self._round

@@ -381,3 +381,13 @@ def decode(cls: type[T], data: bytes) -> T:
     if end != len(view):
         raise _fail(cls.__name__, f"has {len(view) - end} bytes too many")
     return typing.cast(T, value)
+
+
+def kind_of(data: bytes) -> type[Any]:
+    """The class of the message that `data` claims to be; ProtocolError when there is none."""
+    if len(data) < _HEADER.size:
+        raise _fail("a message", f"is cut short: {len(data)} bytes")
+    tag = _HEADER.unpack_from(data, 0)[2]
+    if tag not in _registry:
+        raise _fail("a message", f"has the unknown tag {tag:#06x}")
+    return _registry[tag]

@@ -112,6 +112,14 @@ class Complaint:
     reason: Annotated[str, Text(MAX_REASON_BYTES)]
 
 
+@message(0x0108)
+@dataclass(frozen=True, slots=True)
+class RefillStep:
+    """Steps of a refill, in order, and the answers to them; rides with R0 and R1."""
+
+    items: Annotated[tuple[bytes, ...], Many(Blob(), 4)]
+
+
 @message(0x0110)
 @dataclass(frozen=True, slots=True)
 class Descriptor:
@@ -128,7 +136,7 @@ class Descriptor:
 @message(0x0111)
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """R0, server to site: the descriptor, and one step of a refill or nothing."""
+    """R0, server to site: the descriptor, and a `RefillStep` or nothing."""
 
     descriptor: Annotated[bytes, Blob(MAX_SITES * 70 + 512)]
     refill: Annotated[bytes, Blob()]
@@ -137,7 +145,7 @@ class Opening:
 @message(0x0112)
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """R1, site to server: the masked vector, its root, and the refill's answer or nothing."""
+    """R1, site to server: the masked vector, its root, and a `RefillStep` or nothing."""
 
     digest: Hash
     sender: Name

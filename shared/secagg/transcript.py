@@ -56,6 +56,12 @@ def slot(session: Session, batch: int, round_no: int) -> bytes:
     return digest("slot", session.hash(), batch, round_no)
 
 
+def slots(session: Session, batch: int, first_round: int) -> tuple[bytes, ...]:
+    """The slots of a whole batch."""
+    rounds = range(first_round, first_round + session.prekey_rounds)
+    return tuple(slot(session, batch, round_no) for round_no in rounds)
+
+
 def self_commitment(at: bytes, owner: str, key: bytes) -> bytes:
     """H(b): commits to a self-mask key before it is used; `at` is the round's `slot`."""
     return digest("self key", at, owner, key)

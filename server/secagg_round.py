@@ -1,0 +1,323 @@
+"""One round on the relay's side: collects, adds as vectors come, unmasks, packs the recheck."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
+
+import numpy as np
+
+from server.secagg_setup import Batch, check_value, commitments, shares_tag, wrapped_keys
+from shared.errors import CohortError, ProtocolError
+from shared.identity import verify
+from shared.messages import Blob, ByName, Fixed, Nested, decode, encode, message
+from shared.secagg import merkle, shamir, transcript
+from shared.secagg.masking import add_masks
+from shared.secagg.messages import (
+    MAX_SITES,
+    Agreed,
+    Contribution,
+    Contributions,
+    Descriptor,
+    Hash,
+    Included,
+    Masked,
+    Piece,
+    Pieces,
+    Quorum,
+    Recheck,
+    Recovered,
+    Released,
+    Result,
+)
+from shared.secagg.ring import RingVector
+from shared.secagg.session import Session
+from shared.secagg.unmask import unmask_keys, unwrap
+
+M = TypeVar("M", Masked, Agreed, Released)
+
+
+@message(0x0303)
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A published round: its masked vectors and opened keys, until they have been rechecked."""
+
+    digest: Hash
+    contributions: Contributions
+    wires: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
+    self_keys: Annotated[Mapping[str, bytes], ByName(Fixed(32), MAX_SITES)]
+    recovered: Annotated[Mapping[str, Recovered], ByName(Nested(Recovered), MAX_SITES)]
+
+
+class Rechecks:
+    """Makes the packages of one published round, each when it is asked for."""
+
+    def __init__(self, session: Session, kept: Kept) -> None:
+        """Hash the vectors once, for all packages."""
+        self.kept = kept
+        self._session = session
+        self._names = tuple(entry.name for entry in kept.contributions)
+        self._trees = {
+            name: merkle.Tree(wire, session.chunk_bytes) for name, wire in kept.wires.items()
+        }
+
+    def checkers(self) -> tuple[str, ...]:
+        """The sites that have chunks to recompute."""
+        return tuple(name for name in self._names if self._numbers(name))
+
+    def package(self, checker: str) -> bytes:
+        """What one checker needs: its chunks of every vector, and the opened keys."""
+        kept, size = self.kept, self._session.chunk_bytes
+        chunks = []
+        for number in self._numbers(checker):
+            span = slice(number * size, (number + 1) * size)
+            pieces = (
+                Piece(kept.wires[name][span], self._trees[name].proof(number))
+                for name in self._names
+            )
+            chunks.append(Pieces(number, tuple(pieces)))
+        return encode(Recheck(kept.digest, kept.self_keys, kept.recovered, tuple(chunks)))
+
+    def _numbers(self, checker: str) -> tuple[int, ...]:
+        return transcript.chunks_of(self._session, self.kept.digest, self._names, checker)
+
+
+class RelayRound:
+    """Everything that the relay knows of one round; `phase` only goes forward."""
+
+    def __init__(self, session: Session, batch: Batch, descriptor: bytes) -> None:
+        """A round that is open for inputs."""
+        self.descriptor = descriptor
+        self.what = decode(Descriptor, descriptor)
+        self.digest = transcript.descriptor_digest(descriptor)
+        self.contributors: tuple[str, ...] = ()
+        self.total: RingVector | None = None
+        self._session = session
+        self._batch = batch
+        self._inputs_open = True
+        self._sum = np.zeros(session.length, np.uint32)
+        self._wires: dict[str, bytes] = {}
+        self._contributions: dict[str, Contribution] = {}
+        self._included = b""
+        self._signatures: dict[str, bytes] = {}
+        self._quorum: tuple[str, ...] = ()
+        self._self_shares: dict[str, bytes] = {}
+        self._recovery_shares: dict[str, bytes] = {}
+        self._self_keys: dict[str, bytes] = {}
+        self._recovered: dict[str, Recovered] = {}
+
+    @property
+    def dropped(self) -> tuple[str, ...]:
+        """The sites of the cohort outside U3."""
+        return tuple(name for name in self.what.cohort if name not in self.contributors)
+
+    def add_masked(self, name: str, reply: bytes) -> bytes:
+        """Add one site's R1 to the sum; returns what rode with it.
+
+        Raises:
+            ProtocolError: late, not of the cohort, malformed, forged, or a second vector.
+        """
+        if not self._inputs_open:
+            raise ProtocolError(
+                f"{name}: the vector came after the round was closed; the site counts as dropped"
+            )
+        self._expect(name, self.what.cohort)
+        answer = self._decode(name, Masked, reply)
+        if answer.sender != name or len(answer.vector) != self._session.vector_bytes:
+            raise ProtocolError(
+                f"{name}: a vector of {self._session.vector_bytes} bytes of its own was expected"
+            )
+        if merkle.root(answer.vector, self._session.chunk_bytes) != answer.root:
+            raise ProtocolError(f"{name}: the vector is not the one that its root names")
+        signed = transcript.masked_digest(self.digest, name, answer.root)
+        verify(self._session.public[name], transcript.MASKED, signed, answer.signature, who=name)
+        known = self._contributions.get(name)
+        if known is not None and known.root == answer.root:
+            return b""
+        if known is not None:
+            raise ProtocolError(f"{name}: sent two different vectors for one round")
+        self._contributions[name] = Contribution(name, answer.root, answer.signature)
+        self._wires[name] = answer.vector
+        self._sum += self._session.ring.from_wire(answer.vector, self._session.length)
+        return answer.refill
+
+    def close_inputs(self) -> dict[str, bytes]:
+        """R2 for every site whose vector came; late ones are dropped from here on.
+
+        Raises:
+            CohortError: fewer than t came.
+        """
+        self._inputs_open = False
+        self.contributors = tuple(sorted(self._contributions))
+        least = self._session.least_contributors
+        if len(self.contributors) < least:
+            raise CohortError(
+                f"round {self.what.round}: {len(self.contributors)} of {len(self.what.cohort)} "
+                f"sites sent a vector; {least} are needed"
+            )
+        entries = tuple(self._contributions[name] for name in self.contributors)
+        self._included = transcript.included_digest(self.digest, entries)
+        return dict.fromkeys(self.contributors, encode(Included(self.digest, entries)))
+
+    def add_agreement(self, name: str, reply: bytes) -> None:
+        """Take one site's signature over U3, and its self-mask shares if nobody is missing.
+
+        Raises:
+            ProtocolError: malformed or forged, or a share does not match its tag.
+        """
+        self._expect(name, self.contributors)
+        answer = self._decode(name, Agreed, reply)
+        verify(
+            self._session.public[name],
+            transcript.AGREE,
+            self._included,
+            answer.signature,
+            who=name,
+        )
+        if not self.dropped:
+            self._check_shares(name, self.contributors, answer.self_shares, 0)
+            self._self_shares[name] = answer.self_shares
+        self._signatures[name] = answer.signature
+
+    def close_agreement(self) -> dict[str, bytes]:
+        """R3 for the sites that signed, or nothing if the shares came with the signatures.
+
+        Raises:
+            CohortError: fewer than t signed.
+        """
+        signed = tuple(sorted(self._signatures))
+        threshold = self._session.threshold
+        if len(signed) < threshold:
+            raise CohortError(
+                f"round {self.what.round}: {len(signed)} sites signed the contributors; "
+                f"{threshold} are needed"
+            )
+        self._quorum = signed[:threshold]
+        if not self.dropped:
+            return {}
+        return dict.fromkeys(signed, encode(Quorum(self.digest, self._certificate())))
+
+    def add_release(self, name: str, reply: bytes) -> None:
+        """Take one site's shares after dropouts.
+
+        Raises:
+            ProtocolError: malformed, or a share does not match its tag.
+        """
+        self._expect(name, tuple(self._signatures))
+        answer = self._decode(name, Released, reply)
+        self._check_shares(name, self.contributors, answer.self_shares, 0)
+        self._check_shares(name, self.dropped, answer.recovery_shares, 1)
+        self._self_shares[name] = answer.self_shares
+        self._recovery_shares[name] = answer.recovery_shares
+
+    def unmask(self) -> RingVector:
+        """Open U3's self masks and the dropped sites' pair masks, and take them off the sum.
+
+        Raises:
+            CohortError: fewer than t sites gave their shares.
+            ProtocolError: a site had dealt shares or keys that do not open; it is named.
+        """
+        if len(self._self_shares) < self._session.threshold:
+            raise CohortError(
+                f"round {self.what.round}: {len(self._self_shares)} sites gave their shares; "
+                f"{self._session.threshold} are needed"
+            )
+        self._self_keys = self._combine(self.contributors, self._self_shares)
+        for name, key in self._self_keys.items():
+            self._check_commitment(name, key, None)
+        dropped = {}
+        for name, key in self._combine(self.dropped, self._recovery_shares).items():
+            wrapped = wrapped_keys(self._session, self._batch, name, self.what.round)
+            self._check_commitment(name, key, wrapped)
+            self._recovered[name] = Recovered(key, wrapped)
+            dropped[name] = unwrap(self._session, name, key, wrapped)
+            self._check_partner_keys(name, dropped[name])
+        plus, minus = unmask_keys(
+            self._session, self.digest, self.contributors, self._self_keys, dropped
+        )
+        total = self._sum.copy()
+        add_masks(total, plus, minus, self._session.bits, prg=self._session.prg)
+        self.total = total
+        return total
+
+    def result(self) -> tuple[bytes, bytes]:
+        """The Result for all sites, and the transcript after it."""
+        if self.total is None:
+            raise ProtocolError(f"round {self.what.round} is not unmasked yet")
+        wire = self._session.ring.to_wire(self.total)
+        root = merkle.root(wire, self._session.chunk_bytes)
+        after = transcript.next_transcript(self.what.transcript, self.digest, self._included, root)
+        entries = tuple(self._contributions[name] for name in self.contributors)
+        return encode(Result(self.descriptor, entries, self._certificate(), wire)), after
+
+    def keep(self) -> Kept:
+        """What later rechecks need of this round; the sum itself is let go."""
+        entries = tuple(self._contributions[name] for name in self.contributors)
+        return Kept(self.digest, entries, self._wires, self._self_keys, self._recovered)
+
+    def _expect(self, name: str, expected: tuple[str, ...]) -> None:
+        if name not in expected:
+            raise ProtocolError(f"{name} has no part in this step of round {self.what.round}")
+
+    def _decode(self, name: str, cls: type[M], reply: bytes) -> M:
+        try:
+            answer = decode(cls, reply)
+        except ProtocolError as error:
+            raise ProtocolError(f"{name}: {error}") from error
+        if answer.digest != self.digest:
+            raise ProtocolError(f"{name}: the answer is to another round than {self.what.round}")
+        return answer
+
+    def _certificate(self) -> dict[str, bytes]:
+        return {name: self._signatures[name] for name in self._quorum}
+
+    def _check_shares(self, holder: str, owners: tuple[str, ...], shares: bytes, half: int) -> None:
+        if len(shares) != 32 * len(owners):
+            raise ProtocolError(f"{holder}: {len(shares)} bytes of shares for {len(owners)} sites")
+        session, round_no = self._session, self.what.round
+        at = transcript.slot(session, self._batch.number, round_no)
+        kind = (transcript.SELF, transcript.RECOVERY)[half]
+        for place, owner in enumerate(owners):
+            share = shares[32 * place : 32 * place + 32]
+            tags = shares_tag(session, self._batch, owner, holder, round_no)
+            tag = transcript.share_tag(at, owner, holder, kind, share)
+            if tag != tags[16 * half : 16 * half + 16]:
+                raise ProtocolError(
+                    f"{holder} gave a share of {owner}'s key that is not the one it was dealt"
+                )
+
+    def _combine(self, owners: tuple[str, ...], shares: Mapping[str, bytes]) -> dict[str, bytes]:
+        if not owners:
+            return {}
+        points = {
+            self._session.index[holder] + 1: np.frombuffer(row, np.uint8).reshape(len(owners), 32)
+            for holder, row in shares.items()
+        }
+        keys = shamir.combine(points, self._session.threshold)
+        return {owner: row.tobytes() for owner, row in zip(owners, keys, strict=True)}
+
+    def _check_commitment(self, owner: str, key: bytes, wrapped: bytes | None) -> None:
+        at = transcript.slot(self._session, self._batch.number, self.what.round)
+        self_key, recovery_key = commitments(self._batch, owner, self.what.round)
+        if wrapped is None:
+            opened, committed = transcript.self_commitment(at, owner, key), self_key
+        else:
+            opened = transcript.recovery_commitment(at, owner, key, wrapped)
+            committed = recovery_key
+        if not hmac.compare_digest(opened, committed):
+            raise ProtocolError(
+                f"{owner} dealt shares that do not open the key it committed to; the round cannot "
+                "be opened with it"
+            )
+
+    def _check_partner_keys(self, owner: str, opened: Mapping[str, bytes]) -> None:
+        for peer, key in opened.items():
+            if peer in self.contributors:
+                known = check_value(self._session, self._batch, peer, owner, self.what.round)
+                if transcript.check_value(key) != known:
+                    raise ProtocolError(
+                        f"{owner} wrapped a key that is not the one it shares with {peer}; the "
+                        "round cannot be opened without it"
+                    )
