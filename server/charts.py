@@ -18,8 +18,8 @@ from server.markup import Html, element, join
 Point = tuple[float, float]
 CHARACTER = 6.3  # mean advance of a letter at the charts' 12 units, to keep labels apart
 LABEL_GAP = 15.0
-MOST_DOTS = 60
-MOST_COLUMNS = 60
+MOST_DOTS = 24  # more would hide the curve
+MOST_TIPS = 200
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _frame(
     if limits[1] is not None:
         high = min(high, limits[1])
     width, height = size
-    ticks = nice_ticks(low, high, max(3, height // 60))
+    ticks = nice_ticks(low, high, max(3, height // 48))
     longest = max(map(len, [*(v.name for v in lines), *(v.name for v in levels)]), default=0)
     right = min(longest * CHARACTER + 16, width * 0.34) if labels else 10
     left = max(len(tick_text(t, ticks)) for t in ticks) * CHARACTER + 14
@@ -212,10 +212,12 @@ def _curve(frame: Frame, line: Line) -> Html:
         floor = f"L{_pair((points[-1][0], frame.bottom))}L{_pair((points[0][0], frame.bottom))}Z"
         parts.append(element("path", d=path + floor, class_=f"area {line.style}"))
     parts.append(element("path", d=path, class_=f"curve {line.style}"))
-    if len(points) <= MOST_DOTS:
+    if len(points) <= MOST_TIPS:
+        shown = len(points) == 1 or (len(points) <= MOST_DOTS and not line.step)
+        style, radius = (f"dot {line.style}", 2.6) if shown else ("tip", 7)
         for (x, y), (n, value) in zip(points, line.points, strict=True):
             tip = element("title", f"round {n:,.0f}: {value:.4g}")
-            parts.append(element("circle", tip, cx=x, cy=y, r=2.6, class_=f"dot {line.style}"))
+            parts.append(element("circle", tip, cx=x, cy=y, r=radius, class_=style))
     return join(parts)
 
 
@@ -362,8 +364,11 @@ def cohort_grid(
             _cell((left + j * cell, y), (cell - 1.5, row - 3), state, f"{site}, round {columns[j]}")
             for j, state in enumerate(line)
         ]
-    every = max(1, math.ceil(len(columns) * 46 / max(cell * len(columns), 1)))
-    for j in range(0, len(columns), every):
+    every = max(1, math.ceil(46 / cell))
+    every = next(e for e in (1, 2, 5, 10, 20, 50) if e >= every)
+    for j in [0, *range(every - 1, len(columns), every)]:
+        if 0 < j < 26 / cell:  # too near to the first label
+            continue
         x = left + j * cell + cell / 2
         label = columns[j].split("–")[0]
         parts.append(element("text", label, x=x, y=height - 6, class_="tick middle"))

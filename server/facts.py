@@ -227,21 +227,20 @@ def warnings(results: Results) -> list[str]:
     if get(results, "synthetic") is True:
         found.append("Synthetic data: the figures say how the system works, nothing on patients.")
     if get(results, "final", "exact") is True:
+        charge = ", and epsilon does not cover them" if is_private(results) else ""
         found.append(
-            "Exact test metrics: simulation only. Counts without noise never leave a real "
-            "hospital, and the epsilon shown here does not cover them."
+            "Test metrics are exact: simulation only. Counts without noise never leave a real "
+            f"hospital{charge}."
         )
     if gone := [r for r in rounds(results) if aborted(r)]:
         found.append(f"{plural(len(gone), 'round')} aborted: too few hospitals answered.")
-    known = {f.casefold() for f in found}
-    own = [w.strip() for w in names(results, "warnings") if w.strip()]
-    return found + [w for w in dict.fromkeys(own) if not _repeats(w, known)]
+    own = list(dict.fromkeys(w.strip() for w in names(results, "warnings") if w.strip()))
+    topics = [t for t in _TOPICS if any(t in f.casefold() for f in found)]
+    return found + [w for w in own if not any(t in w.casefold() for t in topics)]
 
 
-def _repeats(warning: str, known: set[str]) -> bool:
-    """Whether a warning says less than one that is there already: the same opening words."""
-    start = warning.casefold().rstrip(".")
-    return any(k.startswith(start) for k in known)
+# A run's warning on a topic that was just covered, in fuller words, would only say it twice.
+_TOPICS = ("no privacy", "synthetic", "metrics are exact")
 
 
 def guess_bound(epsilon: float, delta: float) -> float:
@@ -265,6 +264,39 @@ def accuracy_interval(results: Results) -> tuple[float, float] | None:
     spread = accuracy * (1 - accuracy) / patients + z * z / (4 * patients**2)
     half = z * math.sqrt(spread) / (1 + z * z / patients)
     return centre - half, centre + half
+
+
+def auroc_interval(results: Results) -> tuple[float, float] | None:
+    """95 % interval of the final AUROC, from the test patients of each class.
+
+    Source: Hanley, McNeil, "The meaning and use of the area under a ROC curve", Radiology 1982.
+    """
+    area = number(results, "final", "metrics", "auroc")
+    sites = mapping(get(results, "final", "per_site")).values()
+    counts = [(number(s, "test_patients"), number(s, "positives")) for s in sites]
+    total = sum(n or 0.0 for n, _ in counts)
+    positives = sum(p or 0.0 for _, p in counts)
+    negatives = total - positives
+    if area is None or not 0 <= area <= 1 or any(None in c for c in counts):
+        return None
+    if positives < 1 or negatives < 1:
+        return None
+    both_above = area / (2 - area) - area**2
+    both_below = 2 * area**2 / (1 + area) - area**2
+    spread = area * (1 - area) + (positives - 1) * both_above + (negatives - 1) * both_below
+    half = 1.959964 * math.sqrt(max(spread, 0.0) / (positives * negatives))
+    return max(area - half, 0.0), min(area + half, 1.0)
+
+
+def delta_text(value: float | None) -> str:
+    """A delta as people write it: 1e-5."""
+    return "–" if value is None else f"{value:g}".replace("e-0", "e-")
+
+
+def gap(value: float, reference: float, digits: int = 3) -> str:
+    """The difference of two figures as they are shown, signed."""
+    shown = round(value, digits) - round(reference, digits)
+    return f"{shown + 0.0:+.{digits}f}".replace("-", "−")
 
 
 def amount(value: float | None, digits: int = 2) -> str:

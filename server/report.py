@@ -136,7 +136,7 @@ def _summary(results: Results) -> str:
     if facts.is_private(results) and spent is not None:
         of = "" if promised is None else f" of the {amount(promised)} promised"
         delta = number(results, "privacy", "delta")
-        at = "" if delta is None else f" at δ = {delta:g}"
+        at = "" if delta is None else f" at δ = {facts.delta_text(delta)}"
         said.append(
             f"Each patient of a hospital was charged at most ε = {spent_amount(spent)}{of}{at}."
         )
@@ -171,7 +171,9 @@ def _tiles(results: Results) -> Html:
     needed = "" if threshold is None else f"any {threshold:.0f} finish a round"
     entries = [
         ("AUROC" if metric is None else facts.METRICS[metric][0], amount(final, 3), tested),
-        ("ε spent", spent_amount(spent) if spent is not None else "none", budget),
+        ("ε spent", spent_amount(spent), budget)
+        if facts.is_private(results)
+        else ("Privacy", "none", budget),
         ("Hospitals", f"{len(facts.site_names(results)):,}", needed),
         (
             "Rounds completed",

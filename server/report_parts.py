@@ -39,7 +39,10 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Row]) -> Html:
         (element("th", c.title, scope="col", class_="n" if c.numeric else None) for c in columns),
     )
     body = element("tbody", (_row(columns, row) for row in rows))
-    inner = element("table", element("caption", caption), element("thead", head), body)
+    dense = "dense" if len(columns) > 8 else None
+    inner = element(
+        "table", element("caption", caption), element("thead", head), body, class_=dense
+    )
     label = {"aria-label": caption}
     return element("div", inner, class_="scroll", role="region", tabindex="0", **label)
 

@@ -34,7 +34,7 @@ def privacy_section(results: Results) -> Html:
     title = "Privacy"
     if not facts.is_private(results):
         said = (
-            "None. Hospitals sent their updates without noise. The secure sum hid each hospital's "
+            "Hospitals sent their updates without noise. The secure sum hid each hospital's "
             "update from the server, but nothing bounds what the sums and the final model reveal "
             "about a patient. Such a run is for simulation only: every real hospital refuses it."
         )
@@ -145,6 +145,7 @@ _MODES = {
 def _counting(results: Results) -> list[tuple[str, Child]]:
     mode = facts.mode(results) or ""
     sampling = text(results, "privacy", "sampling")
+    delta, clip = number(results, "privacy", "delta"), number(results, "privacy", "clip_norm")
     if sampling.casefold() == "poisson":
         sampling += ": in each step every patient is drawn or not, independently of the others"
     return [
@@ -153,13 +154,16 @@ def _counting(results: Results) -> list[tuple[str, Child]]:
         ("Sampling", sampling),
         ("Accountant", text(results, "privacy", "accountant")),
         ("Mode", _MODES.get(mode, mode)),
-        ("δ", f"{number(results, 'privacy', 'delta') or 0:g}"),
+        ("δ", f"{facts.delta_text(delta)}, a chance of {facts.small_chance(delta)}"),
         (
             "Clip norm",
-            f"{amount(number(results, 'privacy', 'clip_norm'), 3)}, the most that one "
-            "patient's gradient may weigh in a step",
+            f"{_plain(clip)}, the most that one patient's gradient may weigh in a step",
         ),
     ]
+
+
+def _plain(value: float | None) -> str:
+    return "–" if value is None else f"{value:g}"
 
 
 def traffic_section(results: Results) -> Html:
@@ -186,8 +190,8 @@ def _what_the_server_saw(results: Results) -> Html:
     said += " No hospital's own update and no patient's record was sent in the clear"
     if colluders:
         said += (
-            f"; this holds while at most {facts.plural(int(colluders), 'hospital')} side with "
-            "the server"
+            f"; this holds against the server together with up to "
+            f"{facts.plural(int(colluders), 'hospital')}"
         )
     return paragraph(said + ".")
 
@@ -405,9 +409,9 @@ def _time_chart(parts: list[tuple[int, float, float, float, float]], said: str) 
         for w, h in ((860, 240), (400, 220))
     )
     entries = [
-        ("train", "training (slowest hospital)"),
+        ("train", "training at the hospitals"),
         ("sum", "secure sum"),
-        ("other", "the rest: evaluation, messages, waiting"),
+        ("other", "the rest"),
     ]
     caption = f"Each column is the mean of {group} rounds." if group > 1 else None
     return join(
@@ -438,7 +442,7 @@ def audit_section(results: Results) -> Html:
         (
             "Ring",
             f"{count('secure_sum', 'bits')} bits, coordinates clamped to ± "
-            f"{amount(number(results, 'secure_sum', 'clip_range'), 3)}",
+            f"{_plain(number(results, 'secure_sum', 'clip_range'))}",
         ),
         (
             "Hospitals that must answer",

@@ -22,6 +22,7 @@ from server.report_parts import (
 
 MOST_OPEN_ROWS = 24
 _COMPARED = ("auroc", "balanced_accuracy", "recall", "f1")
+_DRAWN = ("auroc", "accuracy", "balanced_accuracy", "recall", "f1", "brier", "ece")
 
 
 def result_section(results: Results) -> Html:
@@ -50,11 +51,15 @@ def _tested_on(results: Results) -> Html:
     if patients is not None:
         who = f"{facts.plural(patients, 'test patient')} of all hospitals together"
     said = f"All figures are on {who}, none of whom took part in training."
-    if (interval := facts.accuracy_interval(results)) is not None:
+    known = {
+        "AUROC": facts.auroc_interval(results),
+        "accuracy": facts.accuracy_interval(results),
+    }
+    ranges = [f"{name} from {i[0]:.3f} to {i[1]:.3f}" for name, i in known.items() if i]
+    if ranges:
         said += (
-            f" With so many patients, the final accuracy has a 95 % interval of "
-            f"{interval[0]:.3f} to {interval[1]:.3f}; smaller differences between models may be "
-            "chance."
+            f" So many patients leave a 95 % interval for the final {' and '.join(ranges)}; "
+            "smaller differences between models may be chance."
         )
     return paragraph(said)
 
@@ -114,7 +119,8 @@ def _main_curve(results: Results, metric: str) -> Html | None:
 
 def _other_curves(results: Results, main: str) -> Html | None:
     charts = []
-    for metric, (name, better_high) in facts.METRICS.items():
+    for metric in _DRAWN:
+        name, better_high = facts.METRICS[metric]
         points = _points(results, metric)
         if metric == main or len(points) < 2:
             continue
@@ -189,8 +195,7 @@ def _comparison(results: Results) -> Html | None:
 def _note(value: float, own: float | None, key: str) -> str:
     if key == "study" or own is None:
         return f"{value:.3f}"
-    gap = round(value, 3) - round(own, 3)
-    return f"{value:.3f} ({gap:+.3f})".replace("-", "−")
+    return f"{value:.3f} ({facts.gap(value, own)})"
 
 
 def _alone(results: Results, metric: str) -> Html | None:
@@ -211,14 +216,7 @@ def _alone(results: Results, metric: str) -> Html | None:
             ]
         )
     rows = [
-        Row(
-            (
-                b.site,
-                amount(b.alone, 3),
-                amount(b.together, 3),
-                f"{b.alone - b.together:+.3f}".replace("-", "−"),
-            )
-        )
+        Row((b.site, amount(b.alone, 3), amount(b.together, 3), facts.gap(b.alone, b.together)))
         for b in better
     ]
     columns = [
@@ -248,8 +246,7 @@ def hospital_section(results: Results) -> Html:
     if not sites:
         return section("hospitals", "Hospitals", paragraph("No hospital is recorded."))
     parts = [_privacy_table(results, sites), _metric_table(results, sites)]
-    count = facts.plural(len(sites), "hospital")
-    return section("hospitals", "Hospital by hospital", paragraph(f"{count} took part."), parts)
+    return section("hospitals", "Hospital by hospital", parts)
 
 
 def _privacy_table(results: Results, sites: list[str]) -> Html | None:
@@ -298,9 +295,7 @@ def _rate(value: float | None) -> str:
 
 def _metric_table(results: Results, sites: list[str]) -> Html | None:
     table_of = facts.mapping(facts.get(results, "final", "per_site"))
-    present = [
-        m for m in facts.METRICS if any(facts.number(t, m) is not None for t in table_of.values())
-    ]
+    present = [m for m in _DRAWN if any(facts.number(t, m) is not None for t in table_of.values())]
     counts = [
         (key, title)
         for key, title in (

@@ -67,7 +67,12 @@ vertical-align:top}
 th:first-child,td:first-child{padding-left:.2rem}
 thead th{font-weight:600;color:var(--soft);font-size:.82rem;line-height:1.3;
 vertical-align:bottom;border-bottom:1px solid var(--soft)}
-tbody th{font-weight:500}
+.dense{font-size:.84rem}
+.dense th,.dense td{padding:.36rem .42rem}
+.dense thead th{font-size:.78rem}
+thead th.n{white-space:normal}
+tbody th{font-weight:500;min-width:6rem;max-width:20rem;overflow-wrap:anywhere}
+tbody th.n{min-width:0}
 .n{text-align:right;white-space:nowrap}
 tr.strong th,tr.strong td{font-weight:650}
 tr.quiet th,tr.quiet td{color:var(--soft)}
@@ -81,7 +86,7 @@ figure{margin:1.1rem 0}
 figcaption{margin:.3rem 0 0;max-width:44rem}
 .multiples{display:grid;grid-template-columns:repeat(3,1fr);gap:1.1rem 1.4rem;margin:1.2rem 0}
 .multiples figure{margin:0}
-.multiples h4{margin:0 0 .2rem;font-size:.88rem;font-weight:600}
+h4{margin:0 0 .3rem;font-size:.88rem;font-weight:600}
 .halves{display:grid;grid-template-columns:1fr 1fr;gap:1.2rem 2.2rem;margin:1.1rem 0}
 .halves figure{margin:0}
 .legend{display:flex;flex-wrap:wrap;gap:.2rem 1.2rem;list-style:none;padding:0;
@@ -108,6 +113,7 @@ sans-serif;fill:var(--soft);font-variant-numeric:tabular-nums}
 .curve{stroke-width:2;stroke-linejoin:round}
 .level{stroke-width:1.6;stroke-dasharray:7 4}
 .hook{stroke-width:1;opacity:.6}
+.tip{fill:transparent;stroke:none}
 .area{fill:currentColor;opacity:.12;stroke:none}
 .dot{fill:currentColor}
 .chart .name{fill:currentColor}

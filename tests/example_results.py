@@ -24,10 +24,6 @@ def example_results(
     names = given[:sites]
     threshold = (sites + 1) // 2 + 1
     wide = 1234 if sites <= 10 else 4321
-    history = [
-        _round(rng, n, names, rounds, threshold, private, dropouts, tested, wide)
-        for n in range(1, rounds + 1)
-    ]
     results: dict[str, Any] = {
         "schema": "fedward-results/1",
         "version": "0.1.0",
@@ -41,7 +37,6 @@ def example_results(
         "mode": "local" if private else "none",
         "unit": "patient",
         "started": "2026-01-01T10:00:00Z",
-        "wall_s": sum(r["wall_s"] for r in history) + 1.5,
         "data": {
             "source": "breast-cancer",
             "description": "Wisconsin diagnostic breast cancer, 569 real patients (scikit-learn)",
@@ -60,39 +55,35 @@ def example_results(
             "clip_range": 1.0,
             "protocol": "fedward-secagg/1",
         },
+        "rounds_planned": rounds,
+        "warnings": ["Metrics are exact, without noise: allowed in simulations only."],
+    }
+    history = _history(rng, results, dropouts=dropouts, tested=tested)
+    last: dict[str, float] = next((r["metrics"] for r in reversed(history) if r["metrics"]), {})
+    per_site = {n: _site(rng, tested=tested) for n in names}
+    results |= {
+        "wall_s": sum(r["wall_s"] for r in history) + 1.5,
         "rounds": history,
         "final": {
-            "metrics": _metrics(rng, 0.962 if private else 0.989) | {"patients": 30 * sites}
-            if tested
-            else {},
+            "metrics": last | ({"patients": 30 * sites} if tested else {}),
             "exact": True,
-            "per_site": {n: _site(rng, tested) for n in names},
+            "per_site": per_site,
         },
-        "baselines": _baselines(rng, names, private) if baselines else None,
-        "privacy": _privacy(rng, names, private),
+        "baselines": _baselines(rng, names, private=private) if baselines else None,
+        "privacy": _privacy(per_site) if private else {"mode": "none", "sites": {}},
         "wire": _wire(history, sites),
-        "warnings": ["Metrics are exact, without noise: allowed in simulations only."],
     }
     return results
 
 
 def _round(
-    rng: random.Random,
-    number: int,
-    names: list[str],
-    rounds: int,
-    threshold: int,
-    private: bool,
-    dropouts: bool,
-    tested: bool,
-    wide: int,
+    rng: random.Random, number: int, gone: list[str], results: dict[str, Any], *, tested: bool
 ) -> dict[str, Any]:
-    gone = [n for n in names if dropouts and rng.random() < 0.06]
-    if dropouts and number == max(2, rounds // 3):
-        gone = names[: len(names) - threshold + 1]
-    aborted = len(names) - len(gone) < threshold
+    names, rounds = results["cohort"]["sites"], results["rounds_planned"]
+    aborted = len(names) - len(gone) < results["cohort"]["threshold"]
     train_s, secagg_s = rng.uniform(0.05, 0.08), rng.uniform(0.015, 0.03)
-    progress = 1 - 0.6 * 0.86**number
+    vector = results["secure_sum"]["coordinates"] * len(names)
+    level = 0.965 * (1 - 0.6 * 0.86**number) + 0.01
     entry: dict[str, Any] = {
         "round": number,
         "cohort": list(names),
@@ -102,13 +93,26 @@ def _round(
         "wall_s": train_s + secagg_s + rng.uniform(0.002, 0.006),
         "train_s": train_s,
         "secagg_s": secagg_s,
-        "bytes_up": len(names) * (wide + 566) * 3 + rng.randrange(4000),
-        "bytes_down": len(names) * (wide + 566) * 4 + rng.randrange(4000),
-        "metrics": None if aborted or not tested else _metrics(rng, 0.965 * progress + 0.01),
+        "bytes_up": vector * 3 + rng.randrange(4000),
+        "bytes_down": vector * 4 + rng.randrange(4000),
+        "metrics": None if aborted or not tested else _metrics(rng, level),
     }
-    if private:
+    if results["mode"] != "none":
         entry["epsilon"] = 3.98 * (number / rounds) ** 0.6
     return entry
+
+
+def _history(
+    rng: random.Random, results: dict[str, Any], *, dropouts: bool, tested: bool
+) -> list[dict[str, Any]]:
+    names, threshold = results["cohort"]["sites"], results["cohort"]["threshold"]
+    history = []
+    for number in range(1, results["rounds_planned"] + 1):
+        gone = [n for n in names if dropouts and rng.random() < 0.06]
+        if dropouts and number == max(2, results["rounds_planned"] // 3):
+            gone = names[: len(names) - threshold + 1]  # one too many: the round aborts
+        history.append(_round(rng, number, gone, results, tested=tested))
+    return history
 
 
 def _metrics(rng: random.Random, level: float) -> dict[str, float]:
@@ -127,13 +131,13 @@ def _metrics(rng: random.Random, level: float) -> dict[str, float]:
     }
 
 
-def _site(rng: random.Random, tested: bool) -> dict[str, Any]:
+def _site(rng: random.Random, *, tested: bool) -> dict[str, Any]:
     counts = {"train_patients": rng.randrange(60, 220), "test_patients": 30}
     counts["positives"] = rng.randrange(8, 20)
     return (_metrics(rng, 0.95) if tested else {}) | counts
 
 
-def _baselines(rng: random.Random, names: list[str], private: bool) -> dict[str, Any]:
+def _baselines(rng: random.Random, names: list[str], *, private: bool) -> dict[str, Any]:
     alone = {n: _metrics(rng, rng.choice([0.93, 0.94, 0.985])) for n in names}
     mean = {k: sum(m[k] for m in alone.values()) / len(alone) for k in alone[names[0]]}
     found: dict[str, Any] = {
@@ -145,9 +149,7 @@ def _baselines(rng: random.Random, names: list[str], private: bool) -> dict[str,
     return found
 
 
-def _privacy(rng: random.Random, names: list[str], private: bool) -> dict[str, Any]:
-    if not private:
-        return {"mode": "none", "sites": {}}
+def _privacy(per_site: dict[str, Any]) -> dict[str, Any]:
     return {
         "mode": "local",
         "delta": 1e-5,
@@ -162,9 +164,9 @@ def _privacy(rng: random.Random, names: list[str], private: bool) -> dict[str, A
                 "noise_multiplier": 1.123,
                 "sample_rate": 0.1,
                 "steps": 200,
-                "patients": rng.randrange(60, 220),
+                "patients": site["train_patients"],
             }
-            for n in names
+            for n, site in per_site.items()
         },
     }
 

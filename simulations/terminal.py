@@ -1,0 +1,284 @@
+"""What a run shows in a terminal: a line that keeps up with the rounds, and a table at the end.
+
+On a terminal the line is rewritten in place; into a file or a pipe plain lines are written, a few
+for the whole study. No colour and no other control code is written anywhere but the rewriting.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+import unicodedata
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
+from typing import Any, TextIO
+
+from server import facts
+from server.facts import Results, amount, number, spent_amount, text
+from server.markup import clean
+
+WIDTH = 80
+PLAIN_LINES = 20  # over a whole study, dropouts not counted
+MOST_SITES = 16
+_REWRITE_S = 0.1
+
+
+class Progress:
+    """The progress of a study's rounds, one line at a time.
+
+    Use it as a context manager, so that an error's message starts on a line of its own.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO,
+        rounds: int,
+        *,
+        target_epsilon: float | None = None,
+        width: int = WIDTH,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            stream: Where to write, normally standard error.
+            rounds: Rounds that the plan asks for, >= 1.
+            target_epsilon: The promise; None where privacy is off.
+            width: Columns of the terminal; a line never wraps.
+            clock: Seconds since any fixed moment.
+        """
+        self._stream, self._rounds, self._target = stream, max(rounds, 1), target_epsilon
+        self._width, self._clock = max(width, 20), clock
+        self._live = stream.isatty()
+        self._started = self._last_write = clock()
+        self._open = ""  # the rewritten line that is on the screen, if any
+        self._shown = 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def update(
+        self,
+        done: int,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        epsilon: float | None = None,
+        dropped: Sequence[str] = (),
+        aborted: bool = False,
+    ) -> None:
+        """Show that `done` rounds are finished.
+
+        Args:
+            done: Finished rounds, aborted ones not counted.
+            metrics: Of the model now, where it was tested.
+            epsilon: Spent so far, the largest over the sites.
+            dropped: Sites that were lost in this round; each loss keeps a line of its own.
+            aborted: Whether this round ended without a sum.
+        """
+        if aborted:
+            self.note(f"after round {done}: a round was aborted, too few hospitals answered")
+        elif dropped:
+            self.note(f"round {done}: without {facts.listing(list(dropped), 4)}")
+        line = self._line(done, metrics or {}, epsilon)
+        if self._live:
+            self._rewrite(line, force=done >= self._rounds)
+        elif done * PLAIN_LINES // self._rounds > self._shown * PLAIN_LINES // self._rounds:
+            self._write(line + "\n")
+            self._shown = done
+
+    def note(self, message: str) -> None:
+        """Write a line that stays, above the one that is rewritten."""
+        again = self._open
+        self._clear()
+        self._write(_fit(_tidy(message), self._width) + "\n")
+        if again:
+            self._rewrite(again, force=True)
+
+    def close(self) -> None:
+        """End the line that is being rewritten."""
+        if self._open:
+            self._write("\n")
+            self._open = ""
+
+    def _line(self, done: int, metrics: Mapping[str, Any], epsilon: float | None) -> str:
+        parts = [f"round {done:>{len(str(self._rounds))}}/{self._rounds}"]
+        for name in ("auroc", "accuracy"):
+            if (value := number(metrics, name)) is not None:
+                parts.append(f"{facts.METRICS[name][0]} {value:.3f}")
+                break
+        if self._target is None:
+            parts.append("NO PRIVACY")
+        elif epsilon is not None:
+            parts.append(f"epsilon {spent_amount(epsilon)} of {amount(self._target)}")
+        elapsed = self._clock() - self._started
+        if 0 < done < self._rounds:
+            left = elapsed / done * (self._rounds - done)
+            parts.append(f"{_brief(left)} left")
+        elif done >= self._rounds:
+            parts.append(f"done in {_brief(elapsed)}")
+        return _fit("  ".join(parts), self._width - 1)
+
+    def _rewrite(self, line: str, *, force: bool) -> None:
+        now = self._clock()
+        if self._open and not force and now - self._last_write < _REWRITE_S:
+            return
+        self._last_write = now
+        # Spaces erase what a longer line left: no escape code, so any terminal will do.
+        self._write("\r" + line.ljust(len(self._open)))
+        self._open = line
+
+    def _clear(self) -> None:
+        if self._open:
+            self._write("\r" + " " * len(self._open) + "\r")
+            self._open = ""
+
+    def _write(self, piece: str) -> None:
+        encoding = self._stream.encoding or "utf-8"
+        self._stream.write(piece.encode(encoding, "replace").decode(encoding))
+        self._stream.flush()
+
+
+def _brief(seconds: float) -> str:
+    """Time left needs no tenths."""
+    return f"{seconds:.0f} s" if seconds < 100 else facts.duration(seconds)
+
+
+def final_table(results: Results) -> str:
+    """A run's outcome as plain text, 80 columns wide, without colours.
+
+    Args:
+        results: A record as `server.results` describes it; missing keys are tolerated.
+    """
+    blocks = [_head(results), _models(results), _sites(results), _record(results)]
+    blocks.append("\n".join(_wrap(f"! {w}", "  ") for w in facts.warnings(results)))
+    return "\n\n".join(b for b in blocks if b) + "\n"
+
+
+def _head(results: Results) -> str:
+    title = text(results, "title", default=text(results, "scenario", default="Study"))
+    lines = [_fit(_tidy(title), WIDTH), "=" * min(WIDTH, _columns(_tidy(title)))]
+    if not facts.is_private(results):
+        return "\n".join([*lines, "NO PRIVACY: simulation only"])
+    spent, promised = facts.spent_epsilon(results), number(results, "privacy", "target_epsilon")
+    delta = facts.delta_text(number(results, "privacy", "delta"))
+    said = (
+        f"epsilon {spent_amount(spent)} of {amount(promised)} promised at delta {delta}, for a "
+        f"patient of one hospital ({text(results, 'privacy', 'relation')}; "
+        f"{text(results, 'privacy', 'sampling')} sampling; "
+        f"{text(results, 'privacy', 'accountant')})"
+    )
+    return "\n".join([*lines, _wrap(said)])
+
+
+_SHOWN = {
+    "auroc": "AUROC",
+    "accuracy": "acc.",
+    "balanced_accuracy": "bal.acc.",
+    "recall": "recall",
+    "f1": "F1",
+    "brier": "Brier",
+}
+
+
+def _models(results: Results) -> str:
+    models = facts.compared_models(results)
+    columns = [m for m in _SHOWN if any(number(x.metrics, m) is not None for x in models)]
+    if not columns:
+        return "No test metrics were recorded."
+    rows = [[m.name, *(amount(number(m.metrics, c), 3) for c in columns)] for m in models]
+    return _table(["final model", *(_SHOWN[c] for c in columns)], rows)
+
+
+def _sites(results: Results) -> str:
+    sites, rounds = facts.site_names(results), facts.rounds(results)
+    rows = []
+    for site in sites:
+        spent = number(results, "privacy", "sites", site, "epsilon")
+        entry = facts.get(results, "final", "per_site", site)
+        given = sum(site in facts.names(r, "contributors") for r in rounds)
+        rows.append(
+            [
+                _tidy(site),
+                facts.whole(number(entry, "train_patients")),
+                facts.whole(number(entry, "test_patients")),
+                amount(number(entry, "auroc"), 3),
+                amount(number(entry, "accuracy"), 3),
+                spent_amount(spent) if facts.is_private(results) else "none",
+                f"{given}/{len(rounds)}",
+            ]
+        )
+    heads = ["hospital", "train", "test", "AUROC", "acc.", "epsilon", "rounds"]
+    shown = _table(heads, rows[:MOST_SITES])
+    if len(rows) > MOST_SITES:
+        shown += f"\n... and {len(rows) - MOST_SITES} more hospitals, in the report"
+    metric = facts.main_metric(results)
+    better = facts.better_alone(results, metric) if metric else None
+    if better:
+        named = facts.listing([b.site for b in better], 4)
+        shown += "\n" + _wrap(f"Better alone, without privacy: {_tidy(named)}.")
+    return shown if rows else ""
+
+
+def _record(results: Results) -> str:
+    rounds = facts.rounds(results)
+    gone, lost = facts.dropouts(results), sum(facts.aborted(r) for r in rounds)
+    up = number(results, "wire", "bytes_up")
+    down = number(results, "wire", "bytes_down")
+    dropped = sum(len(names) for _, names in gone)
+    lines = [
+        f"{facts.plural(len(rounds), 'round')}, {facts.plural(dropped, 'dropout')}, {lost} aborted; "
+        f"{facts.size(up)} up, {facts.size(down)} down; the server saw sums only",
+    ]
+    train, secagg = (sum(number(r, k) or 0 for r in rounds) for k in ("train_s", "secagg_s"))
+    wall = facts.duration(number(results, "wall_s"))
+    lines.append(
+        f"time {wall}: training {facts.duration(train)}, secure sum {facts.duration(secagg)}"
+    )
+    return "\n".join(_wrap(line) for line in lines)
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns set flush right, the first flush left and cut so that a line fits."""
+    others = [max(map(_columns, c)) for c in zip(heads[1:], *(r[1:] for r in rows), strict=True)]
+    first = max(_columns(r[0]) for r in (heads, *rows))
+    first = min(first, WIDTH - sum(w + 2 for w in others))
+
+    def line(cells: Sequence[str]) -> str:
+        start = _fit(cells[0], first)
+        rest = (" " * (w + 2 - _columns(c)) + c for c, w in zip(cells[1:], others, strict=True))
+        return start + " " * (first - _columns(start)) + "".join(rest)
+
+    rule = "-" * (first + sum(w + 2 for w in others))
+    return "\n".join([line(heads), rule, *(line(r) for r in rows)])
+
+
+def _wrap(sentence: str, indent: str = "") -> str:
+    return textwrap.fill(_tidy(sentence), WIDTH, subsequent_indent=indent)
+
+
+def _tidy(line: str) -> str:
+    """One line without control characters: a name cannot move the cursor or set a colour."""
+    return " ".join(clean(line).replace("\ufffd", "?").split()).replace("−", "-").replace("–", "-")
+
+
+def _columns(line: str) -> int:
+    """Columns on the screen; wide characters take two, combining marks none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in line)
+    return len(line) + wide - sum(unicodedata.combining(c) > 0 for c in line)
+
+
+def _fit(line: str, width: int) -> str:
+    """The line, cut to a width."""
+    if _columns(line) <= width:
+        return line
+    while line and _columns(line) > width - 1:
+        line = line[:-1]
+    return line + "~"
