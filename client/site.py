@@ -97,7 +97,7 @@ class Site:
         with run.transaction():
             if request.activation is not None:
                 run.member.activate(request.activation)
-            run.accept(request.results, request.recheck)
+            run.accept(request.results, request.rechecks)
             return run.contribute(request.opening)
 
     def _agree(self, body: bytes) -> bytes:
@@ -116,7 +116,7 @@ class Site:
         request = decode(FinishRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
-            run.accept(request.results, request.recheck)
+            run.accept(request.results, request.rechecks)
             receipt = encode(run.receipt())
         signature = self.identity.sign("receipt", receipt)
         return encode(SignedReceipt(receipt=receipt, signature=signature))

@@ -99,10 +99,11 @@ Observer = Callable[[RoundReport], None]
 
 @dataclass
 class _Site:
-    """What the server knows of a site's progress."""
+    """What the server knows of a site's progress, and what it still owes the site."""
 
     activation: bytes | None
     seen: int = 0
+    rechecks: tuple[bytes, ...] = ()
     misses: int = 0
     wait: int = 0
 
@@ -135,7 +136,6 @@ class Study:
         self._sites: dict[str, _Site] = {}
         self._results: deque[bytes] = deque(maxlen=MAX_RESULTS)
         self._published = 0
-        self._recheck: dict[str, bytes] = {}
         self._round_no = 0
         self._timeout_s = self.plan.training.round_timeout_s
 
@@ -214,14 +214,14 @@ class Study:
             total = self._unmask()
             contributors = self._relay.contributors
             result = self._relay.publish()
-            self._recheck = self._relay.recheck_packages()
+            for name, package in self._relay.recheck_packages().items():
+                self._sites[name].rechecks += (package,)
             update, counts = self._layout.unpack(total, contributors)
             if trained:
                 self.state = apply_update(self.plan.optimizer, self.state, update)
         except CohortError as error:
             reason = str(error)
             result = self._relay.abort(reason)
-            self._recheck = {}
         self._results.append(result)
         self._published += 1
         self._note_absent(cohort, contributors)
@@ -274,7 +274,7 @@ class Study:
             except ProtocolError:
                 continue
             site = self._sites[name]
-            site.activation, site.seen = None, self._published
+            site.activation, site.rechecks, site.seen = None, (), self._published
         return time.perf_counter() - started
 
     def _request(self, name: str, opening: bytes) -> RoundRequest:
@@ -283,7 +283,7 @@ class Study:
             run_id=self.run_id,
             activation=site.activation,
             results=self._results_since(site.seen),
-            recheck=self._recheck.get(name),
+            rechecks=site.rechecks,
             opening=opening,
         )
 
@@ -319,7 +319,7 @@ class Study:
                 FinishRequest(
                     run_id=self.run_id,
                     results=self._results_since(site.seen),
-                    recheck=self._recheck.get(name),
+                    rechecks=site.rechecks,
                 )
             )
             for name, site in self._sites.items()

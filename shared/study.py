@@ -71,7 +71,7 @@ class RoundRequest:
     run_id: Annotated[str, Text()]
     activation: Annotated[bytes | None, Maybe(Blob())]
     results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
-    recheck: Annotated[bytes | None, Maybe(Blob())]
+    rechecks: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
     opening: Annotated[bytes, Blob()]
 
 
@@ -91,7 +91,7 @@ class FinishRequest:
 
     run_id: Annotated[str, Text()]
     results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
-    recheck: Annotated[bytes | None, Maybe(Blob())]
+    rechecks: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
 
 
 @message(0x5307)
