@@ -9,15 +9,22 @@ per site). Everything is a function of the scenario and its seed.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from client.data.dataset import PatientDataset
+from client.data.images import read_image_folder
+from client.data.npz import read_npz
+from client.data.split import split_by_patient
+from client.data.table import read_table
 from shared.config import require
 from shared.errors import ConfigError
-from shared.features import encode, fit_zscore
+from shared.features import encode, fit_zscore, scale_pixels
 from shared.plan import StudyPlan
+from simulations import heart
+from simulations.nodules import SITES, draw_nodules
 from simulations.scenario import SimulationConfig
 
 
@@ -75,30 +82,6 @@ def deal_out(
     return [np.sort(part) for part in np.split(order, ends[:-1])]
 
 
-def split_by_patient(
-    data: PatientDataset, test_fraction: float, rng: np.random.Generator
-) -> tuple[PatientDataset, PatientDataset]:
-    """Split into train and test by patient, each class (a patient's highest label) alike.
-
-    Raises:
-        ConfigError: too few patients for one in each part.
-    """
-    label = np.array([data.labels[rows].max() for rows in data.records_of])
-    parts: tuple[list[int], list[int]] = ([], [])
-    for value in np.unique(label):
-        members = rng.permutation(np.flatnonzero(label == value))
-        cut = round(len(members) * test_fraction)
-        parts[0].extend(members[cut:].tolist())
-        parts[1].extend(members[:cut].tolist())
-    require(
-        bool(parts[0]) and bool(parts[1]),
-        f"{data.patient_count} patients cannot be split with test_fraction {test_fraction:g}: one "
-        "part would be empty. Give the site more patients, or change test_fraction.",
-    )
-    train, test = (data.select(np.sort(np.array(part, dtype=np.int64))) for part in parts)
-    return train, test
-
-
 def _breast_cancer(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
     from sklearn.datasets import load_breast_cancer  # noqa: PLC0415  a second to import
 
@@ -120,24 +103,118 @@ def _breast_cancer(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospi
         tuple(f"wisconsin-{row + 1}" for row in range(count)),
     )
     size = source.data[:, names.index("mean radius")]
-    return _dealt_out(data, size, simulation, plan)
+    return _split_each(_deal(data, size, simulation, plan), simulation, plan)
 
 
-def _dealt_out(
+def _deal(
     data: PatientDataset,
     score: NDArray[np.float64],
     simulation: SimulationConfig,
     plan: StudyPlan,
-) -> tuple[Hospital, ...]:
-    sizes = simulation.site_sizes or tuple(s.expected_patients for s in plan.cohort.sites)
+) -> list[PatientDataset]:
     rng = np.random.default_rng(simulation.seed)
+    dealt = deal_out(score, _sizes(simulation, plan), simulation.skew, rng)
+    return [data.select(members) for members in dealt]
+
+
+def _nodules(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    if plan.task.image is None:
+        raise ConfigError("the nodules source draws images, and the plan's task has a table.")
+    sizes = _sizes(simulation, plan)
     hospitals = []
-    for site, members in zip(
-        plan.cohort.sites, deal_out(score, sizes, simulation.skew, rng), strict=True
-    ):
-        train, test = split_by_patient(data.select(members), simulation.test_fraction, rng)
-        hospitals.append(Hospital(site.name, train, test))
+    for number, (site, size) in enumerate(zip(plan.cohort.sites, sizes, strict=True)):
+        look = replace(SITES[number % len(SITES)], patients=size)
+        drawn = draw_nodules(look, simulation.seed, number)
+        data = PatientDataset(
+            scale_pixels(plan.task.image, drawn.pixels),
+            drawn.labels,
+            drawn.patients,
+            tuple(f"synthetic-{number}-{patient + 1}" for patient in range(size)),
+        )
+        hospitals.append(_split(site.name, data, simulation, number))
     return tuple(hospitals)
+
+
+def _heart(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    folder = heart.check_folder(simulation.folder)
+    hospitals = []
+    for number, site in enumerate(plan.cohort.sites):
+        data = heart.read_hospital(folder, site.name, plan.task)
+        if simulation.split == "official":
+            train, test = heart.official_split(folder, site.name, data)
+            hospitals.append(Hospital(site.name, data.select(train), data.select(test)))
+        else:
+            hospitals.append(_split(site.name, data, simulation, number))
+    return tuple(hospitals)
+
+
+def _npz(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    expected = "the folder with the MedMNIST file, and the file's name in simulation.file"
+    path = _folder(simulation, expected) / simulation.file
+    train = read_npz(path, plan.task, "train").data
+    dealt = _deal(train, train.labels.astype(np.float64), simulation, plan)
+    if simulation.split == "random":
+        return _split_each(dealt, simulation, plan)
+    test = read_npz(path, plan.task, "test").data
+    tests = _deal(test, test.labels.astype(np.float64), simulation, plan)
+    return tuple(map(Hospital, (site.name for site in plan.cohort.sites), dealt, tests))
+
+
+def _csv(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    names = [site.name for site in plan.cohort.sites]
+    folder = _folder(simulation, f"the folder with {names[0]}.csv (or .parquet) and the others")
+    hospitals = []
+    for number, name in enumerate(names):
+        parquet = folder / f"{name}.parquet"
+        path = parquet if parquet.is_file() else folder / f"{name}.csv"
+        data = read_table(path, simulation.table, plan.task).data
+        hospitals.append(_split(name, data, simulation, number))
+    return tuple(hospitals)
+
+
+def _image_folder(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    names = [site.name for site in plan.cohort.sites]
+    folder = _folder(simulation, f"the folder with one sub-folder per site: {', '.join(names)}")
+    return tuple(
+        _split(
+            name,
+            read_image_folder(folder / name, simulation.images, plan.task).data,
+            simulation,
+            number,
+        )
+        for number, name in enumerate(names)
+    )
+
+
+def _folder(simulation: SimulationConfig, expected: str) -> Path:
+    require(
+        bool(simulation.folder) and Path(simulation.folder).is_dir(),
+        f"source {simulation.source!r} needs {expected}; "
+        f"{simulation.folder or 'no folder'} was given. "
+        "Give it with --folder PATH or --set simulation.folder=PATH.",
+    )
+    return Path(simulation.folder)
+
+
+def _sizes(simulation: SimulationConfig, plan: StudyPlan) -> tuple[int, ...]:
+    return simulation.site_sizes or tuple(s.expected_patients for s in plan.cohort.sites)
+
+
+def _split_each(
+    parts: list[PatientDataset], simulation: SimulationConfig, plan: StudyPlan
+) -> tuple[Hospital, ...]:
+    return tuple(
+        _split(site.name, part, simulation, number)
+        for number, (site, part) in enumerate(zip(plan.cohort.sites, parts, strict=True))
+    )
+
+
+def _split(name: str, data: PatientDataset, simulation: SimulationConfig, number: int) -> Hospital:
+    rng = np.random.default_rng([simulation.seed, number])
+    try:
+        return Hospital(name, *split_by_patient(data, simulation.test_fraction, rng))
+    except ConfigError as error:
+        raise ConfigError(f"site {name!r}: {error}") from None
 
 
 def _zscored(hospital: Hospital) -> Hospital:
@@ -148,15 +225,11 @@ def _zscored(hospital: Hospital) -> Hospital:
     return Hospital(hospital.name, train, test)
 
 
-def _not_yet(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
-    raise ConfigError(f"source {simulation.source!r} is not available yet")
-
-
 _SOURCES = {
     "breast-cancer": _breast_cancer,
-    "nodules": _not_yet,
-    "heart": _not_yet,
-    "npz": _not_yet,
-    "csv": _not_yet,
-    "image-folder": _not_yet,
+    "nodules": _nodules,
+    "heart": _heart,
+    "npz": _npz,
+    "csv": _csv,
+    "image-folder": _image_folder,
 }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from client.data.images import ImageMapping
 from client.data.table import TableMapping
 from shared.config import parse, read_toml, require
 from shared.errors import ConfigError
@@ -39,6 +40,7 @@ class SimulationConfig:
             in which proportion one source is dealt out ("breast-cancer", "npz").
         skew: How unlike the hospitals are where one source is dealt out: 0 alike, 1 sorted.
         table: Mapping of the hospitals' files, for source "csv".
+        images: Mapping of the hospitals' folders, for source "image-folder".
     """
 
     title: str
@@ -50,7 +52,8 @@ class SimulationConfig:
     test_fraction: float = 0.25
     site_sizes: tuple[int, ...] = ()
     skew: float = 0.5
-    table: TableMapping = field(default=_ROW_PER_PATIENT)
+    table: TableMapping = _ROW_PER_PATIENT
+    images: ImageMapping = field(default_factory=ImageMapping)
 
     def __post_init__(self) -> None:
         require(bool(self.title) and "\n" not in self.title, "title must be one line")

@@ -25,7 +25,7 @@ from shared.errors import ConfigError
 from shared.features import MISSING_CATEGORY, clamped_counts, encode
 from shared.plan import FeaturePlan, TaskPlan
 
-Text = list[str]
+Texts = list[str]
 """One column as stripped text, one entry per data row."""
 
 
@@ -150,7 +150,7 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
         "Correct the name (it must be the plan's), or remove the entry.",
     )
     wanted = [label, *sources.values(), *([mapping.patient] if mapping.patient else [])]
-    table = _read_text(path, mapping, wanted)
+    table = read_columns(path, mapping, wanted)
     rows = len(table[label])
     require(rows > 0, f"{path} has no data rows. Check that the export is complete.")
 
@@ -177,6 +177,19 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
     return Reading(data, notes)
 
 
+def read_columns(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str, Texts]:
+    """The wanted columns of a file as stripped text; a Parquet null becomes an empty text.
+
+    Raises:
+        ConfigError: the file is missing or malformed, or a column is absent or there twice.
+    """
+    require(path.exists(), f"{path} does not exist. Check the path.")
+    require(path.is_file(), f"{path} is not a file. Give the CSV or Parquet file itself.")
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path, wanted)
+    return _read_csv(path, mapping, wanted)
+
+
 def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Distinct identifiers in order of first appearance, and each record's index among them."""
     index: dict[str, int] = {}
@@ -185,7 +198,7 @@ def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.in
 
 
 def read_labels(
-    path: Path, texts: Text, column: str, task: TaskPlan, mapping: TableMapping
+    path: Path, texts: Texts, column: str, task: TaskPlan, mapping: TableMapping
 ) -> NDArray[np.int64]:
     """1 where a text means the plan's positive label, 0 for the one other text, -1 if missing.
 
@@ -225,7 +238,7 @@ def refuse_unusable_labels(
 
 
 def _read_feature(
-    path: Path, texts: Text, feature: FeaturePlan, mapping: TableMapping
+    path: Path, texts: Texts, feature: FeaturePlan, mapping: TableMapping
 ) -> NDArray[np.float64] | NDArray[np.int64]:
     column = mapping.of(feature.name)
     source = column.column or feature.name
@@ -236,7 +249,7 @@ def _read_feature(
 
 
 def _translate(
-    path: Path, texts: Text, source: str, column: ColumnMapping, missing: tuple[str, ...]
+    path: Path, texts: Texts, source: str, column: ColumnMapping, missing: tuple[str, ...]
 ) -> list[str | None]:
     pairs = {pair[0]: pair[1] for pair in column.values}
     absent = set(missing) | set(column.missing)
@@ -292,7 +305,7 @@ def _codes(
     return codes
 
 
-def _read_patients(path: Path, texts: Text, mapping: TableMapping) -> Text:
+def _read_patients(path: Path, texts: Texts, mapping: TableMapping) -> Texts:
     missing = set(mapping.missing)
     for row, text in enumerate(texts):
         require(
@@ -316,21 +329,13 @@ def _plain(text: str) -> str:
     return str(int(value)) if value.is_integer() else text
 
 
-def _read_text(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str, Text]:
-    require(path.exists(), f"{path} does not exist. Check the path.")
-    require(path.is_file(), f"{path} is not a file. Give the CSV or Parquet file itself.")
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, wanted)
-    return _read_csv(path, mapping, wanted)
-
-
-def _read_csv(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str, Text]:
+def _read_csv(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str, Texts]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=mapping.delimiter, strict=True)
             header = list(mapping.header) or [c.strip() for c in next(reader, [])]
             positions = {name: _position(path, header, name) for name in wanted}
-            columns: dict[str, Text] = {name: [] for name in wanted}
+            columns: dict[str, Texts] = {name: [] for name in wanted}
             for row, cells in enumerate((r for r in reader if r), start=1):
                 require(
                     len(cells) == len(header),
@@ -349,7 +354,7 @@ def _read_csv(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str,
         ) from None
 
 
-def _read_parquet(path: Path, wanted: list[str]) -> dict[str, Text]:
+def _read_parquet(path: Path, wanted: list[str]) -> dict[str, Texts]:
     try:
         header = pq.read_schema(path).names
         for name in wanted:

@@ -1,0 +1,86 @@
+"""MedMNIST files (.npz) to a PatientDataset, without ever unpickling.
+
+Source: Yang et al., "MedMNIST v2", Scientific Data 10:41, 2023: arrays {train,val,test}_images,
+(n, height, width) or with 3 channels, and {train,val,test}_labels, (n, 1). The files name no
+patients, so each image counts as one.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.data.dataset import PatientDataset
+from client.data.table import Reading, ReadingNotes, refuse_unusable_labels
+from shared.config import require
+from shared.errors import ConfigError
+from shared.features import scale_pixels
+from shared.plan import TaskPlan
+
+Part = Literal["train", "val", "test"]
+
+
+def read_npz(path: Path, task: TaskPlan, part: Part = "train") -> Reading:
+    """Read one part of a MedMNIST file.
+
+    Args:
+        path: The .npz file.
+        task: The plan's task with an image; `positive` is the number of the positive class.
+        part: "train", "val" or "test".
+
+    Raises:
+        ConfigError: not such a file, or its arrays do not fit the plan; names file and array.
+    """
+    if task.image is None:
+        raise ConfigError(f"{path} holds images, and the plan's task has a table of features.")
+    require(path.is_file(), f"{path} does not exist. Check the path.")
+    images = _array(path, f"{part}_images", "uf", (3, 4))
+    labels = _array(path, f"{part}_labels", "ui", (1, 2))
+    labels = labels.reshape(-1) if labels.shape[1:] in ((), (1,)) else labels
+    require(
+        labels.ndim == 1 and len(labels) == len(images),
+        f"{path}: array '{part}_labels' has shape {labels.shape}, and '{part}_images' has "
+        f"{len(images)} images; one label each is needed. Give a file with one binary label.",
+    )
+    require(len(labels) > 0, f"{path}: part {part!r} has no images. Choose another file.")
+    require(
+        len(np.unique(labels)) <= 2,
+        f"{path}: array '{part}_labels' has {len(np.unique(labels))} classes; the task is binary. "
+        "Give a file with two classes.",
+    )
+    binary = (labels.astype(str) == task.positive).astype(np.int64)
+    refuse_unusable_labels(path, f"{part}_labels", binary, allow_one_class=False)
+    try:
+        inputs = scale_pixels(task.image, images)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: array '{part}_images': {error}.") from None
+    ids = tuple(f"{part}-{row + 1}" for row in range(len(labels)))
+    data = PatientDataset(inputs, binary, np.arange(len(labels)), ids)
+    return Reading(data, ReadingNotes(len(labels)))
+
+
+def _array(path: Path, name: str, kinds: str, dimensions: tuple[int, ...]) -> NDArray[np.generic]:
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            require(
+                name in archive.files,
+                f"{path} has no array {name!r}. Give a MedMNIST file: it holds "
+                "{train,val,test}_images and {train,val,test}_labels.",
+            )
+            array: NDArray[np.generic] = archive[name]
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
+        raise ConfigError(
+            f"{path} is not an .npz file of plain arrays, or array {name!r} in it is damaged or "
+            "holds Python objects, which are never loaded. Fetch the file again."
+        ) from None
+    require(
+        array.dtype.kind in kinds and array.ndim in dimensions,
+        f"{path}: array {name!r} has type {array.dtype} and shape {array.shape}; it needs "
+        f"{' or '.join(map(str, dimensions))} dimensions of "
+        f"{'whole numbers' if 'i' in kinds else 'unsigned or real numbers'}.",
+    )
+    return array

@@ -1,0 +1,81 @@
+"""The [dataset] table of site.toml: where this hospital's data lies and how it answers the plan.
+
+It is written by the hospital's engineer, read on the site only, and never sent.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from client.data.images import ImageMapping, read_image_folder
+from client.data.npz import read_npz
+from client.data.table import Reading, TableMapping, read_table
+from shared.config import parse, read_toml, require
+from shared.errors import ConfigError
+from shared.plan import TaskPlan
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """One dataset of this hospital.
+
+    Attributes:
+        kind: "table" (CSV or Parquet), "image-folder" or "npz".
+        path: The file or folder; relative to site.toml.
+        test_fraction: Share of the patients kept out of training, to test on.
+        test_seed: Which patients those are.
+        table: Required for a table, valid there only.
+        images: For an image folder, valid there only.
+    """
+
+    kind: Literal["table", "image-folder", "npz"]
+    path: str
+    test_fraction: float = 0.2
+    test_seed: int = 0
+    table: TableMapping | None = None
+    images: ImageMapping = field(default_factory=ImageMapping)
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "path is empty; name the file or folder with the data")
+        require(
+            0 < self.test_fraction < 1,
+            f"test_fraction is {self.test_fraction:g}; valid: between 0 and 1",
+        )
+        require(self.test_seed >= 0, "test_seed must be 0 or more")
+        require(
+            (self.kind == "table") == (self.table is not None),
+            "kind 'table' needs a [dataset.table] that names the patient column, and only it",
+        )
+        require(
+            self.kind == "image-folder" or self.images == ImageMapping(),
+            f"[dataset.images] is for kind 'image-folder', and this one is {self.kind!r}",
+        )
+
+
+def load_dataset_config(path: Path) -> DatasetConfig:
+    """Read the [dataset] table of a site.toml.
+
+    Raises:
+        ConfigError: the file or table is missing, or a key is unknown; the message names it.
+    """
+    table = read_toml(path).get("dataset")
+    if not isinstance(table, dict):
+        raise ConfigError(f"{path} has no [dataset] table. Add it with kind and path.")
+    config = parse(DatasetConfig, table, f"{path} [dataset]")
+    return replace(config, path=str(path.parent / Path(config.path).expanduser()))
+
+
+def read_dataset(config: DatasetConfig, task: TaskPlan) -> Reading:
+    """Read all records of the dataset as the plan's inputs and labels.
+
+    Raises:
+        ConfigError: the data does not fit the mapping or the plan.
+    """
+    path = Path(config.path)
+    if config.table is not None:
+        return read_table(path, config.table, task)
+    if config.kind == "image-folder":
+        return read_image_folder(path, config.images, task)
+    return read_npz(path, task)
