@@ -18,7 +18,9 @@ from server.facts import Results, amount, number, spent_amount, text
 from server.markup import clean
 
 WIDTH = 80
-PLAIN_LINES = 20  # over a whole study, dropouts not counted
+PLAIN_LINES = 20  # over a whole study, notes not counted
+PLAIN_S = 60.0  # but one at least so often
+MOST_NOTES = 10  # of dropouts; a flaky study must not bury its progress
 MOST_SITES = 16
 _REWRITE_S = 0.1
 
@@ -52,7 +54,8 @@ class Progress:
         self._live = stream.isatty()
         self._started = self._last_write = clock()
         self._open = ""  # the rewritten line that is on the screen, if any
-        self._shown = 0
+        self._shown = self._notes = self._lost = 0
+        self._tested = ""
 
     def __enter__(self) -> Progress:
         return self
@@ -80,19 +83,35 @@ class Progress:
             done: Finished rounds, aborted ones not counted.
             metrics: Of the model now, where it was tested.
             epsilon: Spent so far, the largest over the sites.
-            dropped: Sites that were lost in this round; each loss keeps a line of its own.
+            dropped: Sites that were lost in this round.
             aborted: Whether this round ended without a sum.
         """
+        self._lost += len(dropped)
         if aborted:
-            self.note(f"after round {done}: a round was aborted, too few hospitals answered")
+            self._event(f"after round {done}: a round was aborted, too few hospitals answered")
         elif dropped:
-            self.note(f"round {done}: without {facts.listing(list(dropped), 4)}")
+            self._event(f"round {done}: without {facts.listing(list(dropped), 4)}")
         line = self._line(done, metrics or {}, epsilon)
         if self._live:
             self._rewrite(line, force=done >= self._rounds)
-        elif done * PLAIN_LINES // self._rounds > self._shown * PLAIN_LINES // self._rounds:
+        elif self._is_due(done):
             self._write(line + "\n")
-            self._shown = done
+            self._shown, self._last_write = done, self._clock()
+
+    def _is_due(self, done: int) -> bool:
+        """Whether a plain line is due: the first round, every twentieth part, every minute."""
+        if done <= self._shown:
+            return False
+        parts = (n * PLAIN_LINES // self._rounds for n in (self._shown, done))
+        late = self._clock() - self._last_write >= PLAIN_S
+        return self._shown == 0 or late or len(set(parts)) == 2
+
+    def _event(self, message: str) -> None:
+        self._notes += 1
+        if self._notes <= MOST_NOTES:
+            self.note(message)
+        if self._notes == MOST_NOTES:
+            self.note("further dropouts are counted, and listed in the report")
 
     def note(self, message: str) -> None:
         """Write a line that stays, above the one that is rewritten."""
@@ -110,14 +129,17 @@ class Progress:
 
     def _line(self, done: int, metrics: Mapping[str, Any], epsilon: float | None) -> str:
         parts = [f"round {done:>{len(str(self._rounds))}}/{self._rounds}"]
-        for name in ("auroc", "accuracy"):
+        for name in ("accuracy", "auroc"):
             if (value := number(metrics, name)) is not None:
-                parts.append(f"{facts.METRICS[name][0]} {value:.3f}")
-                break
+                self._tested = f"{facts.METRICS[name][0]} {value:.3f}"
+        if self._tested:
+            parts.append(self._tested)
         if self._target is None:
             parts.append("NO PRIVACY")
         elif epsilon is not None:
             parts.append(f"epsilon {spent_amount(epsilon)} of {amount(self._target)}")
+        if self._lost:
+            parts.append(facts.plural(self._lost, "dropout"))
         elapsed = self._clock() - self._started
         if 0 < done < self._rounds:
             left = elapsed / done * (self._rounds - done)
@@ -234,8 +256,8 @@ def _record(results: Results) -> str:
     down = number(results, "wire", "bytes_down")
     dropped = sum(len(names) for _, names in gone)
     lines = [
-        f"{facts.plural(len(rounds), 'round')}, {facts.plural(dropped, 'dropout')}, {lost} aborted; "
-        f"{facts.size(up)} up, {facts.size(down)} down; the server saw sums only",
+        f"{facts.plural(len(rounds), 'round')}, {lost} aborted, {facts.plural(dropped, 'dropout')}",
+        f"sent {facts.size(up)} up, {facts.size(down)} down; the server saw sums only",
     ]
     train, secagg = (sum(number(r, k) or 0 for r in rounds) for k in ("train_s", "secagg_s"))
     wall = facts.duration(number(results, "wall_s"))
@@ -266,7 +288,10 @@ def _wrap(sentence: str, indent: str = "") -> str:
 
 def _tidy(line: str) -> str:
     """One line without control characters: a name cannot move the cursor or set a colour."""
-    return " ".join(clean(line).replace("\ufffd", "?").split()).replace("−", "-").replace("–", "-")
+    return " ".join(clean(line).replace("\ufffd", "?").split()).translate(_PLAIN)
+
+
+_PLAIN = str.maketrans({"−": "-", "–": "-", "ε": "eps", "δ": "delta"})
 
 
 def _columns(line: str) -> int:
