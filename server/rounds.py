@@ -99,11 +99,10 @@ Observer = Callable[[RoundReport], None]
 
 @dataclass
 class _Site:
-    """What the server knows of a site's progress, and what it still owes the site."""
+    """What the server knows of a site's progress."""
 
     activation: bytes | None
     seen: int = 0
-    rechecks: tuple[bytes, ...] = ()
     misses: int = 0
     wait: int = 0
 
@@ -214,12 +213,10 @@ class Study:
             total = self._unmask()
             contributors = self._relay.contributors
             result = self._relay.publish()
-            for name, package in self._relay.recheck_packages().items():
-                self._sites[name].rechecks += (package,)
             update, counts = self._layout.unpack(total, contributors)
             if trained:
                 self.state = apply_update(self.plan.optimizer, self.state, update)
-        except CohortError as error:
+        except ProtocolError as error:
             reason = str(error)
             result = self._relay.abort(reason)
         self._results.append(result)
@@ -274,7 +271,7 @@ class Study:
             except ProtocolError:
                 continue
             site = self._sites[name]
-            site.activation, site.rechecks, site.seen = None, (), self._published
+            site.activation, site.seen = None, self._published
         return time.perf_counter() - started
 
     def _request(self, name: str, opening: bytes) -> RoundRequest:
@@ -283,7 +280,7 @@ class Study:
             run_id=self.run_id,
             activation=site.activation,
             results=self._results_since(site.seen),
-            rechecks=site.rechecks,
+            rechecks=self._relay.recheck_packages(name),
             opening=opening,
         )
 
@@ -319,7 +316,7 @@ class Study:
                 FinishRequest(
                     run_id=self.run_id,
                     results=self._results_since(site.seen),
-                    rechecks=site.rechecks,
+                    rechecks=self._relay.recheck_packages(name),
                 )
             )
             for name, site in self._sites.items()
