@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ProtocolError
-from shared.secagg.prg import Keystream
+from shared.secagg.prg import CHUNK, Keystream
 
 KEY = bytes(range(32))
 
@@ -51,6 +51,11 @@ def test_reading_goes_on_where_it_stopped() -> None:
     for part in parts:
         keystream.read_into(part)
     assert np.concatenate(parts).tobytes() == stream(KEY, 4 * 108)
+
+
+def test_more_than_a_chunk_at_once_is_refused_not_left_unfilled() -> None:
+    with pytest.raises(ValueError, match="at most"):
+        Keystream(KEY).read_into(np.zeros(CHUNK + 1, np.uint32))
 
 
 @pytest.mark.parametrize("size", [0, 16, 31, 33])

@@ -38,7 +38,13 @@ class Keystream:
             self._context.update(_ZEROS[:skipped])
 
     def read_into(self, out: npt.NDArray[np.generic]) -> None:
-        """Fill a C-contiguous array of at most 4 * CHUNK bytes with the next bytes."""
+        """Fill a C-contiguous array with the next bytes.
+
+        Raises:
+            ValueError: more than 4 * CHUNK bytes, which would leave the cache.
+        """
+        if out.nbytes > len(_ZEROS):
+            raise ValueError(f"{out.nbytes} bytes at once; at most {len(_ZEROS)}")
         # XOR with zeros gives the keystream; OpenSSL runs without the interpreter's lock.
         self._context.update_into(_ZEROS[: out.nbytes], out.view(np.uint8).data)
 

@@ -220,7 +220,10 @@ class Quantised:
         self._key = key
         self._bits = min(_MAX_ROUNDING_BITS, _FIXED_POINT_BITS + 1 - ring.payload_bits)
         self._top = np.float32(ring.limit << self._bits)
-        self._factor = np.float32(weight * float(self._top) / clip_range)
+        factor = weight * float(self._top) / clip_range
+        if abs(factor) > float(np.finfo(np.float32).max):
+            raise ConfigError(f"clip range {clip_range} is too small for weight {weight}")
+        self._factor = np.float32(factor)
 
     def reader(self, start: int) -> Reader:
         """A function that fills the next coordinates from `start`, a multiple of CHUNK, on.
