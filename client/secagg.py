@@ -9,7 +9,8 @@ gives the same bytes to the same request, and refuses what it must. PROTOCOL.md 
     ticket = member.open_round(r0, model_hash=...)          # R0
     reply = ticket.reply or member.masked_input(ticket, vector)   # R1
     member.agree(r2); member.release(r3)                    # R2, and R3 after dropouts
-    member.accept_result(result); member.check_chunks(package)
+    member.accept_result(result)
+    member.check_chunks(package); member.settle(settlement)       # after the last round
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from client.secagg_round import Outcome, RoundTicket
 from client.secagg_state import PROGRESS, SESSION, Progress, Site
 from shared.errors import ConfigError, ProtocolError
 from shared.identity import Identity
+from shared.messages import decode
 from shared.secagg.keys import Random
 from shared.secagg.masking import Source
+from shared.secagg.messages import Settlement
 from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
 
@@ -53,7 +56,7 @@ class Member:
             raise ConfigError("the store is of another session; each epoch has a store of its own")
         if PROGRESS not in store:
             first = session.first_round
-            start = Progress(first, first, first, session.start, False, False, bytes(32), ())
+            start = Progress(first, first, first, session.start, False, False, bytes(32), None)
             self._site.save(PROGRESS, start)
 
     def advertise(self) -> bytes:
@@ -131,13 +134,25 @@ class Member:
         """
         return secagg_round.accept_result(self._checked(), result)
 
-    def check_chunks(self, package: bytes) -> None:
-        """Recompute this site's chunks of a published sum.
+    def check_chunks(self, package: bytes) -> bytes:
+        """Recompute chunks of the last published sum, and sign that they held.
+
+        Packages ordinarily ride with R0 and their answers with R1; this is for the ones that are
+        sent apart: after a checker dropped out, and after the last round.
 
         Raises:
-            ProtocolError: the published sum is false, or the package is; `agree` then refuses.
+            ProtocolError: the published sum is false, or the package is.
         """
-        secagg_recheck.check_chunks(self._checked(), package)
+        return secagg_recheck.check_chunks(self._checked(), package)
+
+    def settle(self, settlement: bytes) -> None:
+        """After the last round: check that c + 1 sites recomputed each chunk of the last sum.
+
+        Raises:
+            ProtocolError: they did not; the model of the last round is not to be used.
+        """
+        attestations = decode(Settlement, settlement).attestations
+        secagg_recheck.settle(self._checked(), attestations)
 
     @property
     def name(self) -> str:
@@ -145,9 +160,9 @@ class Member:
         return self._site.name
 
     @property
-    def awaits_recheck(self) -> bool:
-        """Whether a package must come before `agree` signs again."""
-        return bool(self._progress().rechecks_due)
+    def settled(self) -> bool:
+        """Whether the last published sum is known to be the sum of what the sites signed."""
+        return self._progress().unsettled is None
 
     @property
     def transcript(self) -> bytes:

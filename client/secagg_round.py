@@ -9,11 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from client.secagg_recheck import check_chunks, settle
 from client.secagg_setup import refill
 from client.secagg_state import (
     AGREED,
     AGREED_REPLY,
+    ATTESTATION,
     DONE,
+    LAST_SUM,
     MASKED,
     MASKED_REPLY,
     OPENED,
@@ -23,13 +26,11 @@ from client.secagg_state import (
     RELEASED_REPLY,
     ROUND,
     Current,
+    LastSum,
     Prekey,
     Progress,
-    RecheckDue,
     Site,
-    SumChunk,
     prekey_place,
-    recheck_place,
 )
 from shared.errors import CohortError, ProtocolError
 from shared.identity import verify
@@ -90,6 +91,7 @@ def open_round(site: Site, r0: bytes, model_hash: bytes) -> RoundTicket:
     progress = site.need(Progress, PROGRESS, "the store is damaged")
     _check_descriptor(site, descriptor, progress, model_hash)
     answer = refill(site, opening.refill)
+    attestation = check_chunks(site, opening.recheck) if opening.recheck else b""
     prekey = site.find(Prekey, prekey_place(descriptor.round))
     if prekey is None or prekey.transcript != descriptor.batch:
         raise ProtocolError(
@@ -100,6 +102,7 @@ def open_round(site: Site, r0: bytes, model_hash: bytes) -> RoundTicket:
     _erase_rounds(site, site.need(Progress, PROGRESS, "the store is damaged"), descriptor.round)
     site.save(ROUND, Current(opening.descriptor, digest, OPENED))
     site.store[REFILL_REPLY] = answer
+    site.store[ATTESTATION] = attestation
     return RoundTicket(descriptor.round, digest, descriptor.cohort, None)
 
 
@@ -124,12 +127,21 @@ def masked_input(site: Site, ticket: RoundTicket, source: RingVector | Source) -
     root = merkle.root(wire, session.chunk_bytes)
     signed = transcript.masked_digest(current.digest, site.name, root)
     signature = site.identity.sign(transcript.MASKED, signed)
-    answer = site.store.get(REFILL_REPLY, b"")
-    reply = encode(Masked(current.digest, site.name, root, signature, answer, wire))
+    reply = encode(
+        Masked(
+            digest=current.digest,
+            sender=site.name,
+            root=root,
+            signature=signature,
+            refill=site.store.get(REFILL_REPLY, b""),
+            attestation=site.store.get(ATTESTATION, b""),
+            vector=wire,
+        )
+    )
     site.store[MASKED_REPLY] = reply
     site.save(place, dataclasses.replace(prekey, self_key=b"", partner_keys={}))
     site.save(ROUND, dataclasses.replace(current, phase=MASKED, root=root))
-    site.drop(REFILL_REPLY)
+    site.drop(REFILL_REPLY, ATTESTATION)
     return reply
 
 
@@ -140,7 +152,7 @@ def agree(site: Site, r2: bytes) -> bytes:
     if _is_repeat(current, AGREED, r2):
         return site.store[AGREED_REPLY]
     current = _current(site, included.digest, MASKED)
-    _check_nothing_due(site)
+    settle(site, included.attestations)
     descriptor = decode(Descriptor, current.descriptor)
     session = site.session
     names = transcript.check_contributions(session, descriptor.cohort, included.contributions)
@@ -215,13 +227,15 @@ def _end(site: Site, data: bytes, raw: bytes, result: Result | None, reason: str
     if current is not None and (current.digest != digest or current.phase == DONE):
         current = None
     _check_end(site, descriptor, progress, current)
-    due: tuple[bytes, ...] = ()
+    unsettled = progress.unsettled
     if result:
         included = _check_result(site, descriptor, digest, result, current)
         root = merkle.root(result.total, site.session.chunk_bytes)
         after = transcript.next_transcript(descriptor.transcript, digest, included, root)
+        unsettled = after
+        site.drop(LAST_SUM)
         if site.name in names:
-            due = _note_recheck(site, descriptor, digest, result)
+            _keep_for_recheck(site, descriptor, result, (digest, after, root))
     else:
         after = transcript.aborted_transcript(descriptor.transcript, digest)
     if current is not None:
@@ -230,7 +244,7 @@ def _end(site: Site, data: bytes, raw: bytes, result: Result | None, reason: str
         progress,
         transcript=after,
         last_result=_sha256(data),
-        rechecks_due=(*progress.rechecks_due, *due),
+        unsettled=unsettled,
     )
     _erase_rounds(site, progress, descriptor.round + 1)
     site.drop(AGREED_REPLY, RELEASED_REPLY)
@@ -339,36 +353,26 @@ def _declare_lost(site: Site, round_no: int) -> None:
     )
 
 
-def _note_recheck(
-    site: Site, descriptor: Descriptor, digest: bytes, result: Result
-) -> tuple[bytes, ...]:
-    """Keep what this site needs to recompute its chunks of the sum (C.1)."""
-    session = site.session
-    names = tuple(entry.name for entry in result.contributions)
-    numbers = transcript.chunks_of(session, digest, names, site.name)
-    if not numbers:
-        return ()
+def _keep_for_recheck(
+    site: Site, descriptor: Descriptor, result: Result, hashes: tuple[bytes, bytes, bytes]
+) -> None:
+    """Keep what it takes to recompute any chunk of the sum; replaces what was kept before.
+
+    One sum at a time is enough: t signatures over the next U3 say that this one was rechecked.
+    """
+    digest, after, root = hashes
     prekey = site.need(Prekey, prekey_place(descriptor.round), _OUT_OF_ORDER)
-    size = session.chunk_bytes
-    due = RecheckDue(
-        slot=transcript.slot(session, prekey.batch, descriptor.round),
+    last = LastSum(
+        digest=digest,
+        after=after,
+        total_root=root,
+        slot=transcript.slot(site.session, prekey.batch, descriptor.round),
         cohort=descriptor.cohort,
         contributions=result.contributions,
         members=prekey.members,
         commitments=prekey.commitments,
-        chunks=tuple(SumChunk(at, result.total[at * size : (at + 1) * size]) for at in numbers),
     )
-    site.save(recheck_place(digest), due)
-    return (digest,)
-
-
-def _check_nothing_due(site: Site) -> None:
-    due = site.need(Progress, PROGRESS, "the store is damaged").rechecks_due
-    if due:
-        raise ProtocolError(
-            f"{site.name} has to recheck {len(due)} published sums before it signs another set; "
-            "the relay must send the packages first"
-        )
+    site.save(LAST_SUM, last)
 
 
 def _erase_rounds(site: Site, progress: Progress, next_round: int) -> None:

@@ -21,7 +21,7 @@ from shared.messages import (
     Fixed,
     Flag,
     Many,
-    Nested,
+    Maybe,
     decode,
     encode,
     message,
@@ -45,7 +45,9 @@ CHAINS = "chains"
 OWN_BATCH = "batch/own"
 CONFIRMED_BATCH = "batch/confirmed"
 ROUND = "round"
-REFILL_REPLY = "refill/reply"
+REFILL_REPLY = "reply/refill"
+ATTESTATION = "reply/attestation"
+LAST_SUM = "last-sum"
 MASKED_REPLY = "reply/masked"
 AGREED_REPLY = "reply/agreed"
 RELEASED_REPLY = "reply/released"
@@ -63,7 +65,7 @@ class Progress:
     active: Annotated[bool, Flag()]
     lost: Annotated[bool, Flag()]
     last_result: Hash
-    rechecks_due: Annotated[tuple[bytes, ...], Many(Fixed(32), 1024)]
+    unsettled: Annotated[bytes | None, Maybe(Fixed(32))]
 
 
 @message(0x0202)
@@ -154,25 +156,19 @@ class Current:
     last_request: Hash = bytes(32)
 
 
-@dataclass(frozen=True, slots=True)
-class SumChunk:
-    """One chunk of a published sum, as it was published."""
-
-    number: Annotated[int, U32]
-    content: Annotated[bytes, Blob()]
-
-
 @message(0x0209)
 @dataclass(frozen=True, slots=True)
-class RecheckDue:
-    """Chunks of a published sum that this site must recompute before it signs another U3."""
+class LastSum:
+    """What it takes to recompute chunks of the last published sum, if this site is in its U3."""
 
+    digest: Hash
+    after: Hash
+    total_root: Hash
     slot: Hash
     cohort: Names
     contributions: Contributions
     members: Names
     commitments: Annotated[bytes, Blob()]
-    chunks: Annotated[tuple[SumChunk, ...], Many(Nested(SumChunk), 1 << 24)]
 
 
 @dataclass(frozen=True)
@@ -234,8 +230,3 @@ def blaming(peer: str, call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) 
 def prekey_place(round_no: int) -> str:
     """Where a round's keys are kept."""
     return f"prekey/{round_no:010d}"
-
-
-def recheck_place(round_digest: bytes) -> str:
-    """Where a round's outstanding recheck is kept."""
-    return f"recheck/{round_digest.hex()}"

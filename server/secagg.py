@@ -14,21 +14,29 @@
     relay.add_release(name, reply)
     total = relay.unmask()
     result = relay.publish()                     # to all sites, absent ones included, in order
-    packages = relay.recheck_packages(name)      # to this site before its next R2
+
+The recheck of the published sum rides with the next round's R0 and R1. After the last round, and
+where `spare_checkers` was set too low for the dropouts, it is sent apart:
+
+    for name in names:
+        for package in relay.recheck_packages(name):
+            relay.add_recheck(name, member.check_chunks(package))
+    settlement = relay.settlement()              # after the last round: member.settle(settlement)
 
 A reply that is refused raises an error that names the site; the round goes on without it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
+from server.secagg_recheck import Kept, Rechecks
 from server.secagg_refill import Refill, Stage
-from server.secagg_round import Kept, Rechecks, RelayRound
+from server.secagg_round import RelayRound
 from server.secagg_setup import Batch, Deal, check_deal, deliveries
-from shared.errors import ConfigError, ProtocolError
+from shared.errors import CohortError, ConfigError, ProtocolError
 from shared.messages import U32, Blob, ByName, Many, Maybe, Nested, decode, encode, message
 from shared.secagg import transcript
 from shared.secagg.messages import (
@@ -39,9 +47,9 @@ from shared.secagg.messages import (
     Abort,
     Descriptor,
     Hash,
-    Names,
     Opening,
     RefillStep,
+    Settlement,
 )
 from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
@@ -66,15 +74,21 @@ class Snapshot:
     unactivated: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
     open_descriptor: Annotated[bytes, Blob()]
     kept: Annotated[Kept | None, Maybe(Nested(Kept))]
-    settled: Names
-    owed: Annotated[Mapping[str, tuple[bytes, ...]], ByName(Many(Blob()), MAX_SITES)]
 
 
 class Relay:
     """The coordinator's part in one epoch."""
 
-    def __init__(self, session: Session) -> None:
-        """Begin an epoch; `restore` goes on with one."""
+    def __init__(self, session: Session, *, spare_checkers: int | None = None) -> None:
+        """Begin an epoch; `restore` goes on with one.
+
+        Args:
+            spare_checkers: Sites beyond c + 1 that recompute each chunk of a published sum, so
+                that dropouts cost no extra exchange. Default N - t, all dropouts that a round
+                survives; each costs every site one more vector of download a round.
+        """
+        if spare_checkers is None:
+            spare_checkers = len(session.roster) - session.threshold
         self.session = session
         self.transcript = session.start
         self.next_round = session.first_round
@@ -88,8 +102,7 @@ class Relay:
         self._asked: dict[str, tuple[str, ...]] = {}
         self._round: RelayRound | None = None
         self._rechecks: Rechecks | None = None
-        self._settled: set[str] = set()
-        self._owed: dict[str, tuple[bytes, ...]] = {}
+        self._spare_checkers = spare_checkers
 
     # Set-up.
 
@@ -124,8 +137,11 @@ class Relay:
 
     def open_round(
         self, round_no: int, *, model_hash: bytes, cohort: tuple[str, ...] | None = None
-    ) -> dict[str, bytes]:
+    ) -> Mapping[str, bytes]:
         """R0 for each site of the cohort (default: all sites that have prekeys for the round).
+
+        A request is put together when it is taken out of the mapping: with large vectors, send
+        one after the other, since each holds a recheck package of c + 1 vectors or more.
 
         Raises:
             ConfigError: the round number is used up, or the cohort is not one the sites accept.
@@ -155,27 +171,36 @@ class Relay:
         )
         self._round = RelayRound(self.session, batch, encode(descriptor))
         self.next_round = round_no + 1
-        return {
-            name: encode(Opening(self._round.descriptor, self._refill_step(name)))
-            for name in chosen
-        }
+        steps = {name: self._refill_step(name) for name in chosen}
+        work = self._rechecks.assign(chosen, self._spare_checkers) if self._rechecks else {}
+        return _Openings(self._round.descriptor, steps, self._rechecks, work)
 
     def add_masked(self, name: str, reply: bytes) -> None:
         """Add one site's R1; ProtocolError names the site when it is late, forged or malformed."""
-        riding = self._open().add_masked(name, reply)
-        if riding:
-            self.add_refill(name, riding)
+        refill, attestation = self._open().add_masked(name, reply)
+        if refill:
+            self.add_refill(name, refill)
+        if attestation:
+            self.add_recheck(name, attestation)
 
     def close_inputs(self) -> dict[str, bytes]:
-        """R2 for each site of U3; CohortError when too few vectors came."""
-        return self._open().close_inputs()
+        """R2 for each site of U3.
+
+        Raises:
+            CohortError: too few vectors came, or too few sites rechecked the sum before; then
+                `recheck_packages` first, or abort.
+        """
+        opened, rechecks = self._open(), self._rechecks
+        if rechecks is not None and not rechecks.complete:
+            raise CohortError(
+                "too few sites rechecked the last published sum for the others to go on; send "
+                "recheck_packages to the sites whose vectors came"
+            )
+        return opened.close_inputs(rechecks.attestations if rechecks else ())
 
     def add_agreement(self, name: str, reply: bytes) -> None:
         """Take one site's answer to R2; ProtocolError names the site."""
         self._open().add_agreement(name, reply)
-        # A site signs only when all its rechecks have passed.
-        self._settled.add(name)
-        self._owed.pop(name, None)
 
     def close_agreement(self) -> dict[str, bytes]:
         """R3 for each site that signed, {} when nobody dropped out; CohortError."""
@@ -193,10 +218,7 @@ class Relay:
         """The Result for all sites; ends the round."""
         ended = self._open()
         result, self.transcript = ended.result()
-        if self._rechecks is not None:
-            for name in set(self._rechecks.checkers()) - self._settled:
-                self._owed[name] = (*self._owed.get(name, ()), self._rechecks.package(name))
-        self._rechecks, self._settled = Rechecks(self.session, ended.keep()), set()
+        self._rechecks = Rechecks(self.session, ended.keep(self.transcript))
         self._round = None
         return result
 
@@ -209,12 +231,37 @@ class Relay:
         return encode(Abort(ended.descriptor, readable[:MAX_REASON_BYTES]))
 
     def recheck_packages(self, name: str) -> tuple[bytes, ...]:
-        """The packages that a site needs before it signs again, oldest first."""
-        packages = self._owed.get(name, ())
+        """What one site is to recompute apart from a round's R0; empty when nothing is missing.
+
+        In a round: the sites whose vectors came, once they all came. After the last: all sites.
+        """
         rechecks = self._rechecks
-        if rechecks is not None and name not in self._settled and name in rechecks.checkers():
-            packages = (*packages, rechecks.package(name))
-        return packages
+        if rechecks is None or rechecks.complete:
+            return ()
+        present = self._round.received if self._round else self.session.names
+        if self._round is not None and not present:
+            return ()
+        chunks = rechecks.assign(present, 0).get(name)
+        return (rechecks.package(chunks),) if chunks else ()
+
+    def add_recheck(self, name: str, reply: bytes) -> None:
+        """Take a site's attestation; a bad one is noted among the faults and counts for nothing."""
+        try:
+            if self._rechecks is None:
+                raise ProtocolError(f"{name}: no sum waits for a recheck")
+            self._rechecks.add(name, reply)
+        except ProtocolError as error:
+            self.faults.append(f"recheck: {error}")
+
+    def settlement(self) -> bytes:
+        """After the last round, for `Member.settle`: who rechecked the last sum.
+
+        Raises:
+            CohortError: too few did so far.
+        """
+        if self._rechecks is None or not self._rechecks.complete:
+            raise CohortError("too few sites rechecked the last published sum")
+        return encode(Settlement(self._rechecks.attestations))
 
     @property
     def contributors(self) -> tuple[str, ...]:
@@ -272,8 +319,6 @@ class Relay:
                 unactivated=self._unactivated,
                 open_descriptor=self._round.descriptor if self._round else b"",
                 kept=self._rechecks.kept if self._rechecks else None,
-                settled=tuple(sorted(self._settled)),
-                owed=self._owed,
             )
         )
 
@@ -294,7 +339,6 @@ class Relay:
         relay._batches = list(saved.batches)
         relay._unactivated = dict(saved.unactivated)
         relay._rechecks = Rechecks(session, saved.kept) if saved.kept else None
-        relay._settled, relay._owed = set(saved.settled), dict(saved.owed)
         if saved.open_descriptor:
             batch = relay._batch_of(decode(Descriptor, saved.open_descriptor).round)
             relay._round = RelayRound(session, batch, saved.open_descriptor)
@@ -377,3 +421,29 @@ class Relay:
         if self._round is None:
             raise ProtocolError(_NO_ROUND)
         return self._round
+
+
+class _Openings(Mapping[str, bytes]):
+    """R0 by site; the large part, a recheck package, is made when it is asked for."""
+
+    def __init__(
+        self,
+        descriptor: bytes,
+        refills: Mapping[str, bytes],
+        rechecks: Rechecks | None,
+        work: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._descriptor, self._refills = descriptor, refills
+        self._rechecks, self._work = rechecks, work
+
+    def __getitem__(self, name: str) -> bytes:
+        package = b""
+        if self._rechecks is not None and name in self._work:
+            package = self._rechecks.package(self._work[name])
+        return encode(Opening(self._descriptor, self._refills[name], package))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refills)
+
+    def __len__(self) -> int:
+        return len(self._refills)

@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
+from server.secagg_recheck import Kept
 from server.secagg_setup import Batch, check_value, commitments, shares_tag, wrapped_keys
 from shared.errors import CohortError, ProtocolError
 from shared.identity import verify
-from shared.messages import Blob, ByName, Fixed, Nested, decode, encode, message
+from shared.messages import decode, encode
 from shared.secagg import merkle, shamir, transcript
 from shared.secagg.masking import add_masks
 from shared.secagg.messages import (
-    MAX_SITES,
     Agreed,
+    Attestation,
     Contribution,
-    Contributions,
     Descriptor,
-    Hash,
     Included,
     Masked,
-    Piece,
-    Pieces,
     Quorum,
-    Recheck,
     Recovered,
     Released,
     Result,
@@ -37,51 +32,6 @@ from shared.secagg.session import Session
 from shared.secagg.unmask import unmask_keys, unwrap
 
 M = TypeVar("M", Masked, Agreed, Released)
-
-
-@message(0x0303)
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A published round: its masked vectors and opened keys, until they have been rechecked."""
-
-    digest: Hash
-    contributions: Contributions
-    wires: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
-    self_keys: Annotated[Mapping[str, bytes], ByName(Fixed(32), MAX_SITES)]
-    recovered: Annotated[Mapping[str, Recovered], ByName(Nested(Recovered), MAX_SITES)]
-
-
-class Rechecks:
-    """Makes the packages of one published round, each when it is asked for."""
-
-    def __init__(self, session: Session, kept: Kept) -> None:
-        """Hash the vectors once, for all packages."""
-        self.kept = kept
-        self._session = session
-        self._names = tuple(entry.name for entry in kept.contributions)
-        self._trees = {
-            name: merkle.Tree(wire, session.chunk_bytes) for name, wire in kept.wires.items()
-        }
-
-    def checkers(self) -> tuple[str, ...]:
-        """The sites that have chunks to recompute."""
-        return tuple(name for name in self._names if self._numbers(name))
-
-    def package(self, checker: str) -> bytes:
-        """What one checker needs: its chunks of every vector, and the opened keys."""
-        kept, size = self.kept, self._session.chunk_bytes
-        chunks = []
-        for number in self._numbers(checker):
-            span = slice(number * size, (number + 1) * size)
-            pieces = (
-                Piece(kept.wires[name][span], self._trees[name].proof(number))
-                for name in self._names
-            )
-            chunks.append(Pieces(number, tuple(pieces)))
-        return encode(Recheck(kept.digest, kept.self_keys, kept.recovered, tuple(chunks)))
-
-    def _numbers(self, checker: str) -> tuple[int, ...]:
-        return transcript.chunks_of(self._session, self.kept.digest, self._names, checker)
 
 
 class RelayRound:
@@ -113,8 +63,8 @@ class RelayRound:
         """The sites of the cohort outside U3."""
         return tuple(name for name in self.what.cohort if name not in self.contributors)
 
-    def add_masked(self, name: str, reply: bytes) -> bytes:
-        """Add one site's R1 to the sum; returns what rode with it.
+    def add_masked(self, name: str, reply: bytes) -> tuple[bytes, bytes]:
+        """Add one site's R1 to the sum; returns what rode with it: refill and attestation.
 
         Raises:
             ProtocolError: late, not of the cohort, malformed, forged, or a second vector.
@@ -135,22 +85,27 @@ class RelayRound:
         verify(self._session.public[name], transcript.MASKED, signed, answer.signature, who=name)
         known = self._contributions.get(name)
         if known is not None and known.root == answer.root:
-            return b""
+            return b"", b""
         if known is not None:
             raise ProtocolError(f"{name}: sent two different vectors for one round")
         self._contributions[name] = Contribution(name, answer.root, answer.signature)
         self._wires[name] = answer.vector
         self._sum += self._session.ring.from_wire(answer.vector, self._session.length)
-        return answer.refill
+        return answer.refill, answer.attestation
 
-    def close_inputs(self) -> dict[str, bytes]:
+    @property
+    def received(self) -> tuple[str, ...]:
+        """The sites whose vectors have come so far."""
+        return tuple(sorted(self._contributions))
+
+    def close_inputs(self, attestations: tuple[Attestation, ...]) -> dict[str, bytes]:
         """R2 for every site whose vector came; late ones are dropped from here on.
 
         Raises:
             CohortError: fewer than t came.
         """
         self._inputs_open = False
-        self.contributors = tuple(sorted(self._contributions))
+        self.contributors = self.received
         least = self._session.least_contributors
         if len(self.contributors) < least:
             raise CohortError(
@@ -159,7 +114,9 @@ class RelayRound:
             )
         entries = tuple(self._contributions[name] for name in self.contributors)
         self._included = transcript.included_digest(self.digest, entries)
-        return dict.fromkeys(self.contributors, encode(Included(self.digest, entries)))
+        return dict.fromkeys(
+            self.contributors, encode(Included(self.digest, entries, attestations))
+        )
 
     def add_agreement(self, name: str, reply: bytes) -> None:
         """Take one site's signature over U3, and its self-mask shares if nobody is missing.
@@ -252,10 +209,19 @@ class RelayRound:
         entries = tuple(self._contributions[name] for name in self.contributors)
         return encode(Result(self.descriptor, entries, self._certificate(), wire)), after
 
-    def keep(self) -> Kept:
-        """What later rechecks need of this round; the sum itself is let go."""
-        entries = tuple(self._contributions[name] for name in self.contributors)
-        return Kept(self.digest, entries, self._wires, self._self_keys, self._recovered)
+    def keep(self, after: bytes) -> Kept:
+        """What rechecks need of this round, which led to transcript `after`."""
+        if self.total is None:
+            raise ProtocolError(f"round {self.what.round} is not unmasked yet")
+        return Kept(
+            digest=self.digest,
+            after=after,
+            contributions=tuple(self._contributions[name] for name in self.contributors),
+            wires=self._wires,
+            total=self._session.ring.to_wire(self.total),
+            self_keys=self._self_keys,
+            recovered=self._recovered,
+        )
 
     def _expect(self, name: str, expected: tuple[str, ...]) -> None:
         if name not in expected:

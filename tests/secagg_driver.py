@@ -99,11 +99,12 @@ class World:
         for name in sorted(set(r0) - gone):
             ticket = self.members[name].open_round(r0[name], model_hash=MODEL)
             relay.add_masked(name, self.members[name].masked_input(ticket, vectors[name]))
+        for name in r0:
+            for package in relay.recheck_packages(name):
+                relay.add_recheck(name, self.members[name].check_chunks(package))
         r2 = relay.close_inputs()
         gone |= set(lost_before_r2)
         for name in sorted(set(r2) - gone):
-            for package in relay.recheck_packages(name):
-                self.members[name].check_chunks(package)
             relay.add_agreement(name, self.members[name].agree(r2[name]))
         gone |= set(lost_before_r3)
         for name, request in relay.close_agreement().items():

@@ -136,22 +136,24 @@ class Descriptor:
 @message(0x0111)
 @dataclass(frozen=True, slots=True)
 class Opening:
-    """R0, server to site: the descriptor, and a `RefillStep` or nothing."""
+    """R0, server to site: the descriptor; a `RefillStep` and a `Recheck`, or nothing."""
 
     descriptor: Annotated[bytes, Blob(MAX_SITES * 70 + 512)]
     refill: Annotated[bytes, Blob()]
+    recheck: Annotated[bytes, Blob()]
 
 
 @message(0x0112)
 @dataclass(frozen=True, slots=True)
 class Masked:
-    """R1, site to server: the masked vector, its root, and a `RefillStep` or nothing."""
+    """R1, site to server: the masked vector; a `RefillStep` and an `Attestation`, or nothing."""
 
     digest: Hash
     sender: Name
     root: Hash
     signature: Signature
     refill: Annotated[bytes, Blob()]
+    attestation: Annotated[bytes, Blob()]
     vector: Annotated[bytes, Blob()]
 
 
@@ -164,16 +166,29 @@ class Contribution:
     signature: Signature
 
 
+@message(0x011B)
+@dataclass(frozen=True, slots=True)
+class Attestation:
+    """A site's word that it recomputed these chunks of the sum that led to this transcript."""
+
+    sender: Name
+    transcript: Hash
+    chunks: Annotated[tuple[int, ...], Many(U32, 1 << 24)]
+    signature: Signature
+
+
+Attestations = Annotated[tuple[Attestation, ...], Many(Nested(Attestation), 4 * MAX_SITES)]
 Contributions = Annotated[tuple[Contribution, ...], Many(Nested(Contribution), MAX_SITES)]
 
 
 @message(0x0113)
 @dataclass(frozen=True, slots=True)
 class Included:
-    """R2, server to site: the set U3 whose sum is to be opened."""
+    """R2, server to site: U3, whose sum is to be opened, and who rechecked the sum before."""
 
     digest: Hash
     contributions: Contributions
+    attestations: Attestations
 
 
 @message(0x0114)
@@ -245,9 +260,10 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Pieces:
-    """One chunk of every vector of U3."""
+    """One chunk of every vector of U3, and the path from the chunk of their sum to its root."""
 
     number: Annotated[int, U32]
+    proof: Annotated[tuple[bytes, ...], Many(Fixed(32), 64)]
     pieces: Annotated[tuple[Piece, ...], Many(Nested(Piece), MAX_SITES)]
 
 
@@ -260,6 +276,14 @@ class Recheck:
     self_keys: Annotated[Mapping[str, bytes], ByName(Fixed(32), MAX_SITES)]
     recovered: Annotated[Mapping[str, Recovered], ByName(Nested(Recovered), MAX_SITES)]
     chunks: Annotated[tuple[Pieces, ...], Many(Nested(Pieces), 1 << 24)]
+
+
+@message(0x011C)
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """Server to site, after the last round: who rechecked the last sum."""
+
+    attestations: Attestations
 
 
 @message(0x011A)

@@ -8,9 +8,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from shared.errors import ProtocolError
+from shared.identity import verify
 from shared.secagg.encoding import digest, encode
 from shared.secagg.keys import hkdf
-from shared.secagg.messages import Contribution
+from shared.secagg.messages import Attestation, Contribution
 from shared.secagg.session import Session
 
 TAG_BYTES = 16
@@ -21,6 +22,7 @@ DEAL = "secagg deal"
 CONFIRM = "secagg set-up transcript"
 MASKED = "secagg masked vector"
 AGREE = "secagg contributors"
+RECHECK = "secagg rechecked sum"
 VOUCH = "secagg model of the next epoch"
 
 
@@ -155,24 +157,21 @@ def voucher_digest(session: Session, model: bytes) -> bytes:
     return digest("voucher", session.hash(), session.start, model)
 
 
-def checkers(session: Session, round_digest: bytes, names: Sequence[str], chunk: int) -> set[str]:
-    """The c + 1 sites of U3 that must recompute one chunk, chosen by D.
+def attested_digest(after: bytes, sender: str, chunks: Sequence[int]) -> bytes:
+    """What a site signs once it has recomputed chunks of the sum that led to transcript `after`."""
+    return digest("rechecked", after, sender, *chunks)
 
-    Consecutive runs of the sorted names from a place that D picks, so that the work is even.
+
+def checker_order(
+    session: Session, round_digest: bytes, names: Sequence[str], chunk: int
+) -> list[str]:
+    """In which order the sites of U3 are asked to recompute one chunk; the first c + 1 do.
+
+    The sorted names, turned to a place that D and the chunk pick, so that the work is even.
     """
-    count = min(session.colluders + 1, len(names))
-    start = int.from_bytes(digest("checkers", round_digest), "little") + chunk * count
-    return {names[(start + step) % len(names)] for step in range(count)}
-
-
-def chunks_of(
-    session: Session, round_digest: bytes, names: Sequence[str], checker: str
-) -> tuple[int, ...]:
-    """The chunks that one site must recompute."""
-    total = -(-session.length // session.chunk)
-    return tuple(
-        chunk for chunk in range(total) if checker in checkers(session, round_digest, names, chunk)
-    )
+    start = int.from_bytes(digest("checkers", round_digest), "little")
+    turn = (start + chunk * (session.colluders + 1)) % len(names)
+    return [*names[turn:], *names[:turn]]
 
 
 def check_contributions(
@@ -195,3 +194,30 @@ def check_contributions(
             f"{session.least_contributors}"
         )
     return names
+
+
+def check_attestations(session: Session, after: bytes, attestations: Iterable[Attestation]) -> None:
+    """Every chunk of the sum that led to `after` was recomputed by c + 1 sites (C.5).
+
+    Raises:
+        ProtocolError: one is forged, or a chunk has too few.
+    """
+    count = -(-session.length // session.chunk)
+    seen: list[set[str]] = [set() for _ in range(count)]
+    for entry in attestations:
+        if entry.transcript != after or entry.sender not in session.public:
+            raise ProtocolError(f"{entry.sender}: its recheck is of another sum")
+        signed = attested_digest(after, entry.sender, entry.chunks)
+        public = session.public[entry.sender]
+        verify(public, RECHECK, signed, entry.signature, who=entry.sender)
+        for chunk in entry.chunks:
+            if chunk >= count:
+                raise ProtocolError(f"{entry.sender}: chunk {chunk} does not exist")
+            seen[chunk].add(entry.sender)
+    needed = session.colluders + 1
+    short = sum(len(senders) < needed for senders in seen)
+    if short:
+        raise ProtocolError(
+            f"{short} of {count} chunks of the last published sum were not recomputed by {needed} "
+            "sites; until they are, no site signs another set"
+        )
