@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.secagg.encoding import Field, digest, encode
@@ -26,6 +26,7 @@ def decode(encoded: bytes) -> list[Field]:
     return items
 
 
+@settings(deadline=None)
 @given(st.text(max_size=10), fields)
 def test_an_encoding_can_be_read_back_so_no_two_inputs_share_one(label, items) -> None:
     decoded = decode(encode(label, *items))

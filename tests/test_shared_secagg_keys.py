@@ -3,7 +3,7 @@
 import hashlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ProtocolError
@@ -188,6 +188,7 @@ def test_a_ratchet_goes_on_where_it_was_stored_and_forgets_what_was_before() -> 
         keys.Ratchet(KEY[:31])
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200), st.binary(max_size=50))
 def test_a_sealed_message_opens(plaintext, context) -> None:
     sealed = keys.seal(KEY, plaintext, nonce_context=context)

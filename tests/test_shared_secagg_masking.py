@@ -28,7 +28,7 @@ def random_vector(seed: int, length: int, bits: int) -> np.ndarray:
 
 
 @given(st.data())
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_pair_masks_cancel_in_the_sum(data) -> None:
     n = data.draw(st.integers(3, 12))
     degree = data.draw(st.sampled_from([n - 1, 2]))
@@ -108,7 +108,7 @@ def test_the_fused_loop_gives_what_the_steps_give_one_by_one(bits, length, threa
 
 
 @given(all_bits, st.integers(0, 3 * CHUNK), st.integers(0, 40))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_a_part_can_be_unmasked_alone(bits, offset, length) -> None:
     whole = np.zeros(3 * CHUNK + 40, np.uint32)
     add_masks(whole, [key(1)], [key(2)], bits)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from blake3 import blake3
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ProtocolError
@@ -16,6 +16,7 @@ def chunk(data: bytes, index: int, chunk_size: int) -> bytes:
     return data[index * chunk_size : (index + 1) * chunk_size]
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=300), st.integers(1, 40))
 def test_every_chunk_is_accepted_in_its_place(data, chunk_size) -> None:
     tree = merkle.Tree(data, chunk_size)
@@ -25,6 +26,7 @@ def test_every_chunk_is_accepted_in_its_place(data, chunk_size) -> None:
         merkle.check_chunk(tree.root, chunk(data, i, chunk_size), tree.proof(i), **where)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=1, max_size=200), st.integers(1, 30), st.data())
 def test_an_altered_chunk_proof_place_or_root_is_caught(data, chunk_size, draw) -> None:
     tree = merkle.Tree(data, chunk_size)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ProtocolError
@@ -39,6 +39,7 @@ def test_aes_256_gives_the_cipher_of_zero_under_the_zero_key() -> None:
 
 
 @pytest.mark.parametrize("prg", ["chacha20", "aes-256-ctr"])
+@settings(deadline=None)
 @given(offset=st.integers(0, 1000), size=st.integers(0, 300))
 def test_a_stream_can_be_read_from_any_byte_on(prg, offset, size) -> None:
     whole = stream(KEY, 1300, prg=prg)

@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, ProtocolError
@@ -16,6 +16,7 @@ def numbered(shares) -> dict[int, np.ndarray]:
     return dict(enumerate(shares, start=1))
 
 
+@settings(deadline=None)
 @given(st.data())
 def test_any_t_of_n_shares_give_the_secrets(data) -> None:
     points = data.draw(st.integers(1, 40))
