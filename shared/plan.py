@@ -103,10 +103,15 @@ class TaskPlan:
 
 @dataclass(frozen=True)
 class ModelPlan:
-    """Which model, and the seed of its public starting point."""
+    """Which model, and its public starting point, a function of `init_seed`.
+
+    `init` "uniform" is equal to the bit on every machine. "torch" is PyTorch's own, as published
+    benchmarks start from; it depends on torch's version, and sites that disagree refuse to run.
+    """
 
     name: str
     init_seed: int = 0
+    init: Literal["uniform", "torch"] = "uniform"
     hidden: tuple[int, ...] = ()
     width: int = 16
 

@@ -46,6 +46,12 @@ def build_model(plan: StudyPlan) -> nn.Module:
         raise ConfigError(
             f"unknown model {plan.model.name!r}. Valid names: {', '.join(sorted(BUILDERS))}."
         )
+    if plan.model.init == "torch":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(plan.model.init_seed)
+            module = builder(plan)
+        check_model(module)
+        return module
     with torch.device("meta"):  # neither time nor torch's global random state for values unused
         module = builder(plan)
     check_model(module)
@@ -102,7 +108,7 @@ def parameter_spec(module: nn.Module) -> ParameterSpec:
 
 
 def initial_parameters(plan: StudyPlan) -> FlatVector:
-    """The public starting point, float32 (length,), equal to the bit on every machine."""
+    """The public starting point, float32 (length,); see `ModelPlan`."""
     return read_parameters(build_model(plan))
 
 
