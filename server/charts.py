@@ -370,7 +370,7 @@ def cohort_grid(
         if 0 < j < 26 / cell:  # too near to the first label
             continue
         x = left + j * cell + cell / 2
-        label = columns[j].split("–")[0]
+        label = columns[j].split("–")[-1 if j else 0]
         parts.append(element("text", label, x=x, y=height - 6, class_="tick middle"))
     return _svg(alt, math.ceil(width), math.ceil(height), parts, fixed=True)
 

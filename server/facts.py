@@ -221,12 +221,12 @@ def warnings(results: Results) -> list[str]:
         found.append("The record holds no epsilon: what the study cost its patients is unknown.")
     elif promised is not None and spent > promised:
         found.append(
-            f"PROMISE BROKEN: epsilon {amount(spent, 3)} was spent, {amount(promised, 3)} was "
-            "promised."
+            f"PROMISE BROKEN: epsilon {spent_amount(spent, 3)} was spent, "
+            f"{amount(promised, 3)} was promised."
         )
     if get(results, "synthetic") is True:
         found.append("Synthetic data: the figures say how the system works, nothing on patients.")
-    if get(results, "final", "exact") is True:
+    if get(results, "final", "exact") is True and main_metric(results) is not None:
         charge = ", and epsilon does not cover them" if is_private(results) else ""
         found.append(
             "Test metrics are exact: simulation only. Counts without noise never leave a real "

@@ -40,11 +40,10 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Row]) -> Html:
     )
     body = element("tbody", (_row(columns, row) for row in rows))
     dense = "dense" if len(columns) > 8 else None
-    inner = element(
-        "table", element("caption", caption), element("thead", head), body, class_=dense
-    )
     label = {"aria-label": caption}
-    return element("div", inner, class_="scroll", role="region", tabindex="0", **label)
+    inner = element("table", element("thead", head), body, class_=dense, **label)
+    scrolled = element("div", inner, class_="scroll", role="region", tabindex="0", **label)
+    return element("figure", element("figcaption", caption), scrolled, class_="tabled")
 
 
 def _row(columns: Sequence[Column], row: Row) -> Html:

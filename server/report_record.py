@@ -318,7 +318,7 @@ def _participation_words(
 
 def _grid(results: Results, sites: list[str], alt: str) -> Html:
     rounds = facts.rounds(results)
-    group = math.ceil(len(rounds) / MOST_GRID_COLUMNS)
+    group = _group(len(rounds), MOST_GRID_COLUMNS)
     blocks = [range(i, min(i + group, len(rounds))) for i in range(0, len(rounds), group)]
     labels = []
     for block in blocks:
@@ -350,6 +350,14 @@ def _grid(results: Results, sites: list[str], alt: str) -> Html:
     if group > 1:
         caption = f"One column stands for {group} rounds; it is marked if any of them was."
     return figure(chart, legend(entries, boxes=True), caption=caption)
+
+
+def _group(count: int, most: int) -> int:
+    """How many rounds share a column, so that at most `most` are drawn; a round number."""
+    size = 1
+    while count > most * size:
+        size = size * 5 // 2 if str(size)[0] == "2" else size * 2
+    return size
 
 
 def _state(site: str, block: range, sets: list[dict[str, set[str]]], failed: list[bool]) -> State:
@@ -386,7 +394,7 @@ def time_section(results: Results) -> Html:
 
 
 def _time_chart(parts: list[tuple[int, float, float, float, float]], said: str) -> Html:
-    group = math.ceil(len(parts) / MOST_BARS)
+    group = _group(len(parts), MOST_BARS)
     columns = []
     longest = max(p[1] + p[2] + p[3] for p in parts)
     scale, unit = (1000.0, "milliseconds") if longest < 1 else (1.0, "seconds")
@@ -511,7 +519,7 @@ def numbers_section(results: Results) -> Html | None:
     note = None
     if step > 1:
         note = paragraph(
-            f"Every {step}th round, aborted rounds and the last; results.json has all.",
+            f"One round in {step}, every aborted one and the last; results.json has all.",
             style="note",
         )
     inner = table("All that was recorded of each round", columns, rows)

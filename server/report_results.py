@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from server import facts
 from server.charts import Bar, Level, Line, bar_chart, line_chart
@@ -240,6 +241,15 @@ def _alone(results: Results, metric: str) -> Html | None:
     )
 
 
+@dataclass(frozen=True)
+class _Field:
+    """A column of a table of hospitals: where its number is found, and how it is shown."""
+
+    title: str
+    value: Callable[[str], float | None]
+    show: Callable[[float | None], str]
+
+
 def hospital_section(results: Results) -> Html:
     """Every hospital's privacy and results, side by side."""
     sites = facts.site_names(results)
@@ -249,81 +259,70 @@ def hospital_section(results: Results) -> Html:
     return section("hospitals", "Hospital by hospital", parts)
 
 
-def _privacy_table(results: Results, sites: list[str]) -> Html | None:
+def _privacy_table(results: Results, sites: list[str]) -> Html:
     table_of = facts.mapping(facts.get(results, "privacy", "sites"))
-    rows = facts.rounds(results)
-    given = {site: sum(site in facts.names(r, "contributors") for r in rows) for site in sites}
+    rounds = facts.rounds(results)
+
+    def field(title: str, key: str, show: Callable[[float | None], str]) -> _Field:
+        return _Field(title, lambda site: facts.number(table_of, site, key), show)
+
+    given = {s: float(sum(s in facts.names(r, "contributors") for r in rounds)) for s in sites}
+    last = _Field(f"rounds of {len(rounds):,}", given.get, facts.whole)
     if not table_of:
-        columns = [Column("Hospital", numeric=False), Column("rounds contributed")]
-        body = [Row((s, f"{given[s]:,} of {len(rows):,}")) for s in sites]
-        return _folded(table("Rounds that each hospital contributed to", columns, body), len(body))
-    columns = [
-        Column("Hospital", numeric=False),
-        Column("ε spent"),
-        Column("noise multiplier"),
-        Column("sample rate"),
-        Column("steps"),
-        Column("patients"),
-        Column("rounds contributed"),
-    ]
-    body = []
-    for site in sites:
-        spent = facts.mapping(table_of.get(site))
-        body.append(
-            Row(
-                (
-                    site,
-                    facts.spent_amount(facts.number(spent, "epsilon"), 3),
-                    amount(facts.number(spent, "noise_multiplier"), 3),
-                    _rate(facts.number(spent, "sample_rate")),
-                    facts.whole(facts.number(spent, "steps")),
-                    facts.whole(facts.number(spent, "patients")),
-                    f"{given[site]:,} of {len(rows):,}",
-                )
-            )
-        )
+        return _hospitals("Rounds that each hospital contributed to", sites, [last])
     caption = (
-        "Privacy by hospital. The noise on a step's clipped sum has a standard deviation of noise "
-        "multiplier × clip norm; the sample rate is each patient's chance to be in a step"
+        "Privacy. The noise on a step's clipped sum has a standard deviation of noise multiplier "
+        "× clip norm; the sample rate is each patient's chance to be in a step"
     )
-    return _folded(table(caption, columns, body), len(body))
+    fields = [
+        field("ε spent", "epsilon", lambda v: facts.spent_amount(v, 3)),
+        field("noise multiplier", "noise_multiplier", _three),
+        field("sample rate", "sample_rate", lambda v: "–" if v is None else f"{v:.4g}"),
+        field("steps", "steps", facts.whole),
+        field("patients", "patients", facts.whole),
+        last,
+    ]
+    return _hospitals(caption, sites, fields)
 
 
-def _rate(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4g}"
+def _three(value: float | None) -> str:
+    return amount(value, 3)
 
 
 def _metric_table(results: Results, sites: list[str]) -> Html | None:
     table_of = facts.mapping(facts.get(results, "final", "per_site"))
-    present = [m for m in _DRAWN if any(facts.number(t, m) is not None for t in table_of.values())]
-    counts = [
-        (key, title)
-        for key, title in (
-            ("train_patients", "train patients"),
-            ("test_patients", "test patients"),
-            ("positives", "positives"),
-        )
+    shown = {
+        "train_patients": ("train patients", facts.whole),
+        "test_patients": ("test patients", facts.whole),
+        "positives": ("of them positive", facts.whole),
+    } | {metric: (facts.METRICS[metric][0], _three) for metric in _DRAWN}
+    fields = [
+        _Field(title, lambda site, key=key: facts.number(table_of, site, key), show)  # type: ignore[misc]
+        for key, (title, show) in shown.items()
         if any(facts.number(t, key) is not None for t in table_of.values())
     ]
-    if not present and not counts:
-        return None
-    columns = [Column("Hospital", numeric=False), *(Column(title) for _, title in counts)]
-    columns += [Column(facts.METRICS[m][0]) for m in present]
-    body = [_metric_row(s, facts.mapping(table_of.get(s)), counts, present) for s in sites]
-    caption = "The study's final model on each hospital's own test patients"
-    return _folded(table(caption, columns, body), len(body))
+    caption = "Result. The study's final model on each hospital's own test patients"
+    return _hospitals(caption, sites, fields) if fields else None
 
 
-def _metric_row(
-    site: str, metrics: Mapping[str, Any], counts: list[tuple[str, str]], present: list[str]
-) -> Row:
-    cells = [facts.whole(facts.number(metrics, key)) for key, _ in counts]
-    cells += [amount(facts.number(metrics, m), 3) for m in present]
-    return Row((site, *cells))
+def _hospitals(caption: str, sites: list[str], fields: list[_Field]) -> Html:
+    """One row per hospital; many hospitals are folded behind least, median and most."""
+    columns = [Column("Hospital", numeric=False), *(Column(f.title) for f in fields)]
+    rows = [Row((s, *(f.show(f.value(s)) for f in fields))) for s in sites]
+    if len(rows) <= MOST_OPEN_ROWS:
+        return table(caption, columns, rows)
+    known = [sorted(v for s in sites if (v := f.value(s)) is not None) for f in fields]
+    summary = []
+    for name, pick in (("least", min), ("median", statistics.median_low), ("most", max)):
+        cells = (f.show(pick(v) if v else None) for f, v in zip(fields, known, strict=True))
+        summary.append(Row((f"{name} of {len(sites):,}", *cells)))
+    return join(
+        [table(caption, columns, summary), _folded(table(caption, columns, rows), len(rows))]
+    )
 
 
 def _folded(content: Html, rows: int) -> Html:
     """A long table opens on demand, so that the page stays readable."""
     if rows <= MOST_OPEN_ROWS:
         return content
-    return unfold(f"Show the table of {rows:,} hospitals", content)
+    return unfold(f"Show all {rows:,} hospitals", content)

@@ -61,7 +61,9 @@ border-left-width:5px;border-radius:6px;background:var(--warn-wash);color:var(--
 .warnings li{margin:.2rem 0}
 .scroll{overflow-x:auto;margin:.8rem 0}
 table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:tabular-nums}
-caption{text-align:left;color:var(--soft);font-size:.88rem;padding:0 0 .4rem}
+.tabled{margin:1.2rem 0 .8rem}
+.tabled figcaption{margin:0 0 .3rem;max-width:none}
+.tabled .scroll{margin:0}
 th,td{padding:.38rem .7rem;border-bottom:1px solid var(--rule);text-align:left;
 vertical-align:top}
 th:first-child,td:first-child{padding-left:.2rem}
@@ -71,7 +73,7 @@ vertical-align:bottom;border-bottom:1px solid var(--soft)}
 .dense th,.dense td{padding:.36rem .42rem}
 .dense thead th{font-size:.78rem}
 thead th.n{white-space:normal}
-tbody th{font-weight:500;min-width:6rem;max-width:20rem;overflow-wrap:anywhere}
+tbody th{font-weight:500;min-width:8.5rem;max-width:20rem;overflow-wrap:anywhere}
 tbody th.n{min-width:0}
 .n{text-align:right;white-space:nowrap}
 tr.strong th,tr.strong td{font-weight:650}
@@ -149,6 +151,7 @@ h1{font-size:1.5rem}
 h2{margin-top:2.1rem}
 .tiles{grid-template-columns:1fr 1fr}
 .multiples,.halves{grid-template-columns:1fr}
+.multiples figure{max-width:340px}
 .wide{display:none}
 .narrow{display:block}
 .legend.narrow{display:flex}
@@ -168,6 +171,7 @@ nav,summary{display:none}
 h1,h2,h3,h4{break-after:avoid}
 figure,tr,.tiles,.banner,.warnings,.multiples figure{break-inside:avoid}
 .scroll{overflow:visible}
+.tabled{break-inside:auto}
 .scroll .chart{width:100%;max-width:100%}
 details::details-content{content-visibility:visible;block-size:auto}
 a{color:inherit;text-decoration:none}

@@ -34,26 +34,24 @@ class Progress:
     def __init__(
         self,
         stream: TextIO,
-        rounds: int,
         *,
-        target_epsilon: float | None = None,
         width: int = WIDTH,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Start the clock.
+        """Write nothing yet; `begin` starts the clock.
 
         Args:
-            stream: Where to write, normally standard error.
-            rounds: Rounds that the plan asks for, >= 1.
-            target_epsilon: The promise; None where privacy is off.
+            stream: Where to write.
             width: Columns of the terminal; a line never wraps.
             clock: Seconds since any fixed moment.
         """
-        self._stream, self._rounds, self._target = stream, max(rounds, 1), target_epsilon
+        self._stream, self._rounds = stream, 1
+        self._target: float | None = None
         self._width, self._clock = max(width, 20), clock
         self._live = stream.isatty()
         self._started = self._last_write = clock()
         self._open = ""  # the rewritten line that is on the screen, if any
+        self._latest = ""  # what it should be by now
         self._shown = self._notes = self._lost = 0
         self._tested = ""
 
@@ -67,6 +65,16 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def begin(self, rounds: int, target_epsilon: float | None) -> None:
+        """Start the clock of the time left.
+
+        Args:
+            rounds: Rounds that the plan asks for, >= 1.
+            target_epsilon: The promise; None where privacy is off.
+        """
+        self._rounds, self._target = max(rounds, 1), target_epsilon
+        self._started = self._last_write = self._clock()
 
     def update(
         self,
@@ -119,11 +127,12 @@ class Progress:
         self._clear()
         self._write(_fit(_tidy(message), self._width) + "\n")
         if again:
-            self._rewrite(again, force=True)
+            self._rewrite(self._latest, force=True)
 
     def close(self) -> None:
         """End the line that is being rewritten."""
         if self._open:
+            self._rewrite(self._latest, force=True)
             self._write("\n")
             self._open = ""
 
@@ -149,7 +158,7 @@ class Progress:
         return _fit("  ".join(parts), self._width - 1)
 
     def _rewrite(self, line: str, *, force: bool) -> None:
-        now = self._clock()
+        now, self._latest = self._clock(), line
         if self._open and not force and now - self._last_write < _REWRITE_S:
             return
         self._last_write = now
@@ -228,7 +237,7 @@ def _sites(results: Results) -> str:
         given = sum(site in facts.names(r, "contributors") for r in rounds)
         rows.append(
             [
-                _tidy(site),
+                site,
                 facts.whole(number(entry, "train_patients")),
                 facts.whole(number(entry, "test_patients")),
                 amount(number(entry, "auroc"), 3),
@@ -269,6 +278,7 @@ def _record(results: Results) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Columns set flush right, the first flush left and cut so that a line fits."""
+    rows = [[_tidy(cell) for cell in row] for row in rows]
     others = [max(map(_columns, c)) for c in zip(heads[1:], *(r[1:] for r in rows), strict=True)]
     first = max(_columns(r[0]) for r in (heads, *rows))
     first = min(first, WIDTH - sum(w + 2 for w in others))
