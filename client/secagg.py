@@ -18,7 +18,8 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-from client import secagg_recheck, secagg_round, secagg_setup
+from client import secagg_epoch, secagg_recheck, secagg_round, secagg_setup
+from client.secagg_epoch import check_vouchers
 from client.secagg_round import Outcome, RoundTicket
 from client.secagg_state import PROGRESS, SESSION, Progress, Site
 from shared.errors import ConfigError, ProtocolError
@@ -30,7 +31,7 @@ from shared.secagg.messages import Settlement
 from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
 
-__all__ = ["Member", "Outcome", "RoundTicket"]
+__all__ = ["Member", "Outcome", "RoundTicket", "check_vouchers"]
 
 
 class Member:
@@ -153,6 +154,14 @@ class Member:
         """
         attestations = decode(Settlement, settlement).attestations
         secagg_recheck.settle(self._checked(), attestations)
+
+    def vouch(self, following: Session, *, model_hash: bytes) -> bytes:
+        """Sign that the next epoch goes on from here with this model; see `check_vouchers`.
+
+        Raises:
+            ProtocolError: it does not, or the last published sum is not settled.
+        """
+        return secagg_epoch.vouch(self._checked(), following, model_hash)
 
     @property
     def name(self) -> str:

@@ -1,8 +1,9 @@
-"""Runs members against a relay in plain function calls; a `fault` hook sits on the wire."""
+"""Runs members against a relay in plain function calls, for the tests to meddle with."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import copy
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,16 +63,47 @@ class World:
         who = identities(len(self.session.roster))[name]
         self.members[name] = Member(self.session, who, self.stores[name])
 
-    def set_up(self) -> World:
-        """S1 to S5."""
+    def fork(self) -> World:
+        """A world that goes on from here on its own."""
+        twin = World(self.session, {name: dict(store) for name, store in self.stores.items()})
+        twin.relay = copy.deepcopy(self.relay)
+        return twin
+
+    def set_up(self, *, until: int = 5) -> dict[str, bytes]:
+        """S1 to S5, or to an earlier step; returns the requests for the step that comes next."""
         members, relay = self.members, self.relay
-        s1 = relay.advertised({n: m.advertise() for n, m in members.items()})
-        s2 = relay.encapsulated({n: m.encapsulate(s1[n]) for n, m in members.items()})
-        s3 = relay.dealt({n: m.prekeys(s2[n]) for n, m in members.items()})
-        s4 = relay.confirmed({n: m.confirm(s3[n]) for n, m in members.items()})
-        for name, member in members.items():
-            member.activate(s4[name])
-        return self
+        requests = relay.advertised({n: m.advertise() for n, m in members.items()})
+        if until >= 2:
+            requests = relay.encapsulated(
+                {n: m.encapsulate(requests[n]) for n, m in members.items()}
+            )
+        if until >= 3:
+            requests = relay.dealt({n: m.prekeys(requests[n]) for n, m in members.items()})
+        if until >= 4:
+            requests = relay.confirmed({n: m.confirm(requests[n]) for n, m in members.items()})
+        if until >= 5:
+            for name, member in members.items():
+                member.activate(requests[name])
+        return requests
+
+    def inputs(
+        self,
+        round_no: int,
+        *,
+        gone: Iterable[str] = (),
+        vectors: Mapping[str, RingVector] | None = None,
+    ) -> dict[str, bytes]:
+        """R0 and R1 of all but `gone`; returns R2's requests."""
+        vectors = vectors or self.vectors(round_no)
+        r0 = self.relay.open_round(round_no, model_hash=MODEL)
+        for name in sorted(set(r0) - set(gone)):
+            self.relay.add_masked(name, self.upload(name, r0[name], vectors[name]))
+        return self.relay.close_inputs()
+
+    def upload(self, name: str, r0: bytes, vector: RingVector) -> bytes:
+        """R0 and R1 of one site."""
+        ticket = self.members[name].open_round(r0, model_hash=MODEL)
+        return ticket.reply or self.members[name].masked_input(ticket, vector)
 
     def vectors(self, seed: int) -> dict[str, RingVector]:
         """A different small vector for every site."""
@@ -119,6 +151,13 @@ class World:
         return {name: member.accept_result(result) for name, member in self.members.items()}
 
 
+def ready(n: int = 4, threshold: int | None = None, colluders: int = 1, **changes: object) -> World:
+    """A world after set-up."""
+    world = World(make_session(n, threshold, colluders, **changes))
+    world.set_up()
+    return world
+
+
 def plain_sum(
     session: Session, vectors: Mapping[str, RingVector], names: Iterable[str]
 ) -> RingVector:
@@ -127,6 +166,3 @@ def plain_sum(
     for name in names:
         total += vectors[name]
     return (total % (1 << session.bits)).astype(np.uint32)
-
-
-Hook = Callable[[str, bytes], bytes | None]

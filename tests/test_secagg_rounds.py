@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from secagg_driver import World, make_session, plain_sum
+from secagg_driver import plain_sum, ready
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32])
 @pytest.mark.parametrize(("n", "threshold", "colluders"), [(3, 3, 1), (4, 3, 1), (10, 8, 2)])
 def test_sum_is_exact(n: int, threshold: int, colluders: int, bits: int) -> None:
-    world = World(make_session(n, threshold, colluders, bits=bits)).set_up()
+    world = ready(n, threshold, colluders, bits=bits)
     for round_no in (1, 2, 3):
         vectors = world.vectors(round_no)
         outcomes = world.run_round(round_no, vectors)
@@ -22,7 +22,7 @@ def test_sum_is_exact(n: int, threshold: int, colluders: int, bits: int) -> None
 
 
 def test_dropouts_are_recovered() -> None:
-    world = World(make_session(10, 7, 2)).set_up()
+    world = ready(10, 7, 2)
     for round_no, gone in enumerate([("s00",), ("s03", "s09"), ("s01", "s04", "s05"), ()], 1):
         vectors = world.vectors(round_no)
         outcomes = world.run_round(round_no, vectors, lost_before_r1=gone)
@@ -34,7 +34,7 @@ def test_dropouts_are_recovered() -> None:
 
 @pytest.mark.parametrize("prekey_rounds", [3, 8])
 def test_a_study_longer_than_its_prekeys(prekey_rounds: int) -> None:
-    world = World(make_session(4, prekey_rounds=prekey_rounds)).set_up()
+    world = ready(4, prekey_rounds=prekey_rounds)
     for round_no in range(1, 31):
         vectors = world.vectors(round_no)
         outcomes = world.run_round(round_no, vectors)
