@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sys
 import traceback
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shared.config import require
 from shared.errors import FedwardError
+
+if TYPE_CHECKING:
+    from server.rounds import Observer, RoundReport
+    from shared.plan import StudyPlan
+    from simulations.terminal import Progress
 
 DEFAULT_SCENARIO = "breast_cancer"
 
@@ -138,12 +145,35 @@ def _run(arguments: argparse.Namespace) -> int:
         baselines=arguments.baselines,
     )
     prepared = runner.prepare(scenario, options)
-    progress = Progress(sys.stdout)
-    observer = runner.progress_observer(prepared.plan, progress, quiet=arguments.quiet)
-    results = runner.execute(prepared, observer)
+    plan = prepared.plan
+    stream = io.StringIO() if arguments.quiet else sys.stderr
+    with Progress(stream) as progress:
+        progress.begin(plan.training.rounds, plan.privacy.epsilon)
+        results = runner.execute(prepared, _observer(plan, progress))
     print(final_table(results))
     print(f"report:  {(out / 'report.html').resolve()}")
     return 0
+
+
+def _observer(plan: StudyPlan, progress: Progress) -> Observer:
+    """Feed the progress line; metrics are of the model that a round started from."""
+    from server.record import EpsilonSoFar, metrics_by_round  # noqa: PLC0415
+
+    epsilon = EpsilonSoFar(plan)
+    attempts = 0
+
+    def observe(report: RoundReport) -> None:
+        nonlocal attempts
+        attempts += report.trained
+        progress.update(
+            report.model_round + (1 if report.trained and not report.reason else 0),
+            metrics=metrics_by_round([report]).get(report.model_round),
+            epsilon=epsilon.after(attempts),
+            dropped=report.dropped,
+            aborted=bool(report.reason),
+        )
+
+    return observe
 
 
 def _overrides(arguments: argparse.Namespace) -> list[str]:
