@@ -16,9 +16,17 @@ from typing import Literal
 from server.markup import Html, element, join
 
 Point = tuple[float, float]
+
+
 CHARACTER = 6.3  # mean advance of a letter at the charts' 12 units, to keep labels apart
+
+
 LABEL_GAP = 15.0
+
+
 MOST_DOTS = 24  # more would hide the curve
+
+
 MOST_TIPS = 200
 
 
@@ -78,6 +86,17 @@ def nice_ticks(low: float, high: float, count: int, *, whole: bool = False) -> l
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
+def tick_text(value: float, ticks: Sequence[float]) -> str:
+    """A tick's number with the decimals that its axis needs."""
+    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else abs(value) or 1.0
+    if max(abs(t) for t in ticks) >= 1e6 or step < 1e-6:
+        return f"{value:.3g}"
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
+        decimals += 1
+    return f"{value:,.{decimals}f}"
+
+
 def line_chart(
     alt: str,
     lines: Sequence[Line],
@@ -106,7 +125,7 @@ def line_chart(
     frame, ticks = _frame(
         lines, levels, (width, height), limits, labels=labels, from_zero=from_zero
     )
-    drawn = [_grid(frame, ticks), _x_axis(frame, x_label, whole=True)]
+    drawn = [grid_lines(frame, ticks), x_axis(frame, x_label)]
     for level in levels:
         (x1, y), (x2, _) = (
             frame.place(frame.x[0], level.value),
@@ -119,7 +138,7 @@ def line_chart(
         tags = [(y, line.name, line.style) for y, line in ends]
         tags += [(frame.place(0, v.value)[1], v.name, v.style) for v in levels]
         drawn.append(_edge_labels(frame, tags))
-    return _svg(alt, width, height, drawn)
+    return svg(alt, width, height, drawn)
 
 
 def _frame(
@@ -152,64 +171,14 @@ def _frame(
     return frame, ticks
 
 
-def tick_text(value: float, ticks: Sequence[float]) -> str:
-    """A tick's number with the decimals that its axis needs."""
-    step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else abs(value) or 1.0
-    if max(abs(t) for t in ticks) >= 1e6 or step < 1e-6:
-        return f"{value:.3g}"
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if abs(step * 10**decimals - round(step * 10**decimals)) > 1e-6:
-        decimals += 1
-    return f"{value:,.{decimals}f}"
-
-
-def _grid(frame: Frame, ticks: Sequence[float]) -> Html:
-    parts: list[Html] = []
-    for tick in ticks:
-        y = frame.place(frame.x[0], tick)[1]
-        parts.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="grid"))
-        label = tick_text(tick, ticks)
-        parts.append(element("text", label, x=frame.left - 8, y=y + 4, class_="tick end"))
-    return join(parts)
-
-
-def _x_axis(frame: Frame, label: str, *, whole: bool) -> Html:
-    room = max(2, int((frame.right - frame.left) // 70))
-    inner = [
-        t
-        for t in nice_ticks(*frame.x, room, whole=whole)
-        if frame.x[0] <= t <= frame.x[1] and (not whole or t == int(t))
-    ]
-    if whole and frame.x[0] == int(frame.x[0]):
-        # The first round is 1, not 0: show it unless it would touch the next label.
-        gap = (frame.x[1] - frame.x[0]) / (frame.right - frame.left) * 30
-        inner = [frame.x[0], *(t for t in inner if t - frame.x[0] > gap)]
-    parts = [
-        element(
-            "line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="axis"
-        )
-    ]
-    for tick in inner:
-        x = frame.place(tick, frame.y[0])[0]
-        parts.append(
-            element("line", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4, class_="axis")
-        )
-        parts.append(
-            element("text", f"{tick:,.0f}", x=x, y=frame.bottom + 18, class_="tick middle")
-        )
-    middle = (frame.left + frame.right) / 2
-    parts.append(element("text", label, x=middle, y=frame.bottom + 34, class_="tick middle"))
-    return join(parts)
-
-
 def _curve(frame: Frame, line: Line) -> Html:
     points = [frame.place(*p) for p in line.points]
-    path = f"M{_pair(points[0])}"
+    path = f"M{pair(points[0])}"
     for (_, y0), (x, y) in itertools.pairwise(points):
-        path += f"L{_pair((x, y0))}L{_pair((x, y))}" if line.step else f"L{_pair((x, y))}"
+        path += f"L{pair((x, y0))}L{pair((x, y))}" if line.step else f"L{pair((x, y))}"
     parts = []
     if line.area and len(points) > 1:
-        floor = f"L{_pair((points[-1][0], frame.bottom))}L{_pair((points[0][0], frame.bottom))}Z"
+        floor = f"L{pair((points[-1][0], frame.bottom))}L{pair((points[0][0], frame.bottom))}Z"
         parts.append(element("path", d=path + floor, class_=f"area {line.style}"))
     parts.append(element("path", d=path, class_=f"curve {line.style}"))
     if len(points) <= MOST_TIPS:
@@ -228,7 +197,7 @@ def _edge_labels(frame: Frame, tags: list[tuple[float, str, str]]) -> Html:
     parts = []
     for (y, name, style), place in zip(ordered, places, strict=True):
         x = frame.right
-        hook = f"M{_pair((x + 2, y))}L{_pair((x + 9, place))}"
+        hook = f"M{pair((x + 2, y))}L{pair((x + 9, place))}"
         parts.append(element("path", d=hook, class_=f"hook {style}"))
         parts.append(element("text", name, x=x + 12, y=place + 4, class_=f"name {style}"))
     return join(parts)
@@ -257,164 +226,41 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list
     return [centre + (i - (count - 1) / 2) * gap for centre, count in blocks for i in range(count)]
 
 
-@dataclass(frozen=True)
-class Bar:
-    """One bar of a comparison."""
+def grid_lines(frame: Frame, ticks: Sequence[float]) -> Html:
+    """The y axis: a line and a number per tick."""
+    parts: list[Html] = []
+    for tick in ticks:
+        y = frame.place(frame.x[0], tick)[1]
+        parts.append(element("line", x1=frame.left, x2=frame.right, y1=y, y2=y, class_="grid"))
+        label = tick_text(tick, ticks)
+        parts.append(element("text", label, x=frame.left - 8, y=y + 4, class_="tick end"))
+    return join(parts)
 
-    name: str
-    value: float
-    style: str
-    note: str
 
-
-def bar_chart(alt: str, bars: Sequence[Bar], *, width: int, most: float = 1.0) -> Html:
-    """Horizontal bars from 0 to `most`; the name stands above its bar, the note at its end."""
-    row, left, right = 40, 2, 118
-    height = row * len(bars) + 6
-    parts = []
-    for i, bar in enumerate(bars):
-        y = i * row + 14
-        room = width - left - right
-        length = max(1.5, room * min(max(bar.value / (most or 1), 0), 1))
-        parts.append(element("text", bar.name, x=left, y=y, class_="label"))
-        parts.append(element("rect", x=left, y=y + 6, width=room, height=12, rx=2, class_="track"))
-        parts.append(
-            element(
-                "rect", x=left, y=y + 6, width=length, height=12, rx=2, class_=f"bar {bar.style}"
-            )
+def x_axis(frame: Frame, label: str) -> Html:
+    """The x axis over rounds: whole numbers, the first one included."""
+    room = max(2, int((frame.right - frame.left) // 70))
+    inner = [t for t in nice_ticks(*frame.x, room, whole=True) if frame.x[0] <= t <= frame.x[1]]
+    if frame.x[0] == int(frame.x[0]):
+        # The first round is 1, not 0: show it unless it would touch the next label.
+        gap = (frame.x[1] - frame.x[0]) / (frame.right - frame.left) * 30
+        inner = [frame.x[0], *(t for t in inner if t - frame.x[0] > gap)]
+    parts = [
+        element(
+            "line", x1=frame.left, x2=frame.right, y1=frame.bottom, y2=frame.bottom, class_="axis"
         )
-        parts.append(element("text", bar.note, x=left + room + 8, y=y + 16, class_="figure"))
-    return _svg(alt, width, height, parts)
-
-
-@dataclass(frozen=True)
-class Column:
-    """One column of stacked parts, bottom first; `tip` is shown when pointed at."""
-
-    label: float
-    parts: tuple[float, ...]
-    tip: str
-
-
-def column_chart(
-    alt: str,
-    columns: Sequence[Column],
-    styles: Sequence[str],
-    *,
-    width: int,
-    height: int,
-    unit: str,
-) -> Html:
-    """Stacked columns over rounds; one CSS class per part."""
-    tallest = max(sum(c.parts) for c in columns) or 1.0
-    ticks = nice_ticks(0, tallest, max(3, height // 60))
-    first, last = columns[0].label, columns[-1].label
-    half = (last - first) / (len(columns) - 1) / 2 if len(columns) > 1 else 0.5
-    left = max(len(tick_text(t, ticks)) for t in ticks) * CHARACTER + 14
-    frame = Frame((first - half, last + half), (0, ticks[-1]), left, width - 10, 24, height - 38)
-    slot = (frame.right - frame.left) / len(columns)
-    drawn = [_grid(frame, ticks), element("text", unit, x=2, y=12, class_="tick")]
-    for column in columns:
-        base = 0.0
-        stack = [element("title", column.tip)]
-        x = frame.place(column.label, 0)[0] - min(slot * 0.38, 16)
-        for part, style in zip(column.parts, styles, strict=True):
-            top, bottom = frame.place(0, base + part)[1], frame.place(0, base)[1]
-            if part > 0:
-                stack.append(
-                    element(
-                        "rect",
-                        x=x,
-                        y=top,
-                        width=min(slot * 0.76, 32),
-                        height=max(bottom - top, 0.2),
-                        class_=style,
-                    )
-                )
-            base += part
-        drawn.append(element("g", stack))
-    drawn.append(_x_axis(frame, "round", whole=True))
-    return _svg(alt, width, height, drawn)
-
-
-State = Literal["in", "dropped", "aborted", "absent"]
-
-
-def cohort_grid(
-    alt: str, sites: Sequence[str], columns: Sequence[str], states: Sequence[Sequence[State]]
-) -> Html:
-    """One row per site, one column per round (or group of rounds): who was in, who dropped out.
-
-    Args:
-        alt: As in `line_chart`.
-        sites: Row names.
-        columns: A round's number, or a range of rounds.
-        states: Per site, one state per column.
-    """
-    cell = max(7.0, min(18.0, 640 / max(len(columns), 1)))
-    row = 18.0 if len(sites) <= 12 else 14.0
-    left = min(max((len(s) for s in sites), default=0), 28) * CHARACTER + 12
-    width, height = left + cell * len(columns) + 30, row * len(sites) + 24
-    parts = []
-    for i, (site, line) in enumerate(zip(sites, states, strict=True)):
-        y = i * row + 2
-        shown = site if len(site) <= 28 else site[:27] + "…"
-        parts.append(element("text", shown, x=left - 8, y=y + row / 2 + 3, class_="tick end"))
-        parts += [
-            _cell((left + j * cell, y), (cell - 1.5, row - 3), state, f"{site}, round {columns[j]}")
-            for j, state in enumerate(line)
-        ]
-    every = max(1, math.ceil(46 / cell))
-    every = next(e for e in (1, 2, 5, 10, 20, 50) if e >= every)
-    for j in [0, *range(every - 1, len(columns), every)]:
-        if 0 < j < 26 / cell:  # too near to the first label
-            continue
-        x = left + j * cell + cell / 2
-        label = columns[j].split("–")[-1 if j else 0]
-        parts.append(element("text", label, x=x, y=height - 6, class_="tick middle"))
-    return _svg(alt, math.ceil(width), math.ceil(height), parts, fixed=True)
-
-
-_WORDS = {
-    "in": "contributed",
-    "dropped": "dropped out",
-    "aborted": "aborted",
-    "absent": "not asked",
-}
-
-
-def _cell(place: Point, size: Point, state: State, where: str) -> Html:
-    (x, y), (width, height) = place, size
-    tip = element("title", f"{where}: {_WORDS[state]}")
-    box = element("rect", x=x, y=y, width=width, height=height, rx=1.5, class_=f"cell-{state}")
-    if state not in ("dropped", "aborted"):
-        return element("g", tip, box)
-    # Told apart by a mark as well, for eyes and printers without colour.
-    inset = max(min(width, height) / 2 - 2.5, 1.5)
-    cx, cy = x + width / 2, y + height / 2
-    mark = f"M{_pair((cx - inset, cy - inset))}L{_pair((cx + inset, cy + inset))}"
-    if state == "dropped":
-        mark += f"M{_pair((cx - inset, cy + inset))}L{_pair((cx + inset, cy - inset))}"
-    return element("g", tip, box, element("path", d=mark, class_=f"mark-{state}"))
-
-
-def gauge(alt: str, spent: float, promised: float, *, width: int) -> Html:
-    """How much of a promise is spent: a bar whose full length is the larger of the two."""
-    full = max(spent, promised) or 1.0
-    room = width - 4
-    used = max(2.0, room * spent / full)
-    mark = 2 + room * promised / full
-    style = "bar over" if spent > promised else "bar study"
-    return _svg(
-        alt,
-        width,
-        22,
-        [
-            element("rect", x=2, y=6, width=room, height=10, rx=5, class_="track"),
-            element("rect", x=2, y=6, width=used, height=10, rx=5, class_=style),
-            element("line", x1=mark, x2=mark, y1=1, y2=21, class_="promise-mark"),
-        ],
-    )
+    ]
+    for tick in inner:
+        x = frame.place(tick, frame.y[0])[0]
+        parts.append(
+            element("line", x1=x, x2=x, y1=frame.bottom, y2=frame.bottom + 4, class_="axis")
+        )
+        parts.append(
+            element("text", f"{tick:,.0f}", x=x, y=frame.bottom + 18, class_="tick middle")
+        )
+    middle = (frame.left + frame.right) / 2
+    parts.append(element("text", label, x=middle, y=frame.bottom + 34, class_="tick middle"))
+    return join(parts)
 
 
 def swatch(style: str, kind: Literal["line", "box"] = "line") -> Html:
@@ -428,12 +274,14 @@ def swatch(style: str, kind: Literal["line", "box"] = "line") -> Html:
     return element("svg", inner, class_="swatch", width=width, height=13, **attributes)
 
 
-def _svg(alt: str, width: int, height: int, parts: Sequence[Html], *, fixed: bool = False) -> Html:
+def svg(alt: str, width: int, height: int, parts: Sequence[Html], *, fixed: bool = False) -> Html:
+    """The drawing around its parts; `fixed` keeps its size where the page is narrower."""
     attributes = {"viewBox": f"0 0 {width} {height}", "aria-label": alt}
     if fixed:
         attributes |= {"width": str(width), "height": str(height)}
     return element("svg", parts, role="img", class_="chart", **attributes)
 
 
-def _pair(point: Point) -> str:
+def pair(point: Point) -> str:
+    """A point as a path writes it."""
     return f"{point[0]:.1f},{point[1]:.1f}"

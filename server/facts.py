@@ -315,6 +315,11 @@ def spent_amount(value: float | None, digits: int = 2) -> str:
     return amount(math.ceil(round(value * 10**digits, 6)) / 10**digits, digits)
 
 
+def short(value: float | None) -> str:
+    """A setting as it was written: no more digits than it has."""
+    return "–" if value is None else f"{value:g}"
+
+
 def whole(value: float | None) -> str:
     """A count with thousands separators."""
     return "–" if value is None else f"{value:,.0f}"

@@ -13,15 +13,10 @@ from server import facts
 from server.facts import Results, amount, number, spent_amount, text
 from server.markup import Html, element, join
 from server.report_parts import paragraph, section
-from server.report_record import (
-    audit_section,
-    numbers_section,
-    participation_section,
-    privacy_section,
-    time_section,
-    traffic_section,
-)
+from server.report_privacy import privacy_section
+from server.report_record import audit_section, traffic_section
 from server.report_results import hospital_section, result_section
+from server.report_rounds import numbers_section, participation_section, time_section
 from server.report_style import STYLE
 from server.results import write_text
 
@@ -240,24 +235,7 @@ def _privacy_limits(results: Results) -> list[tuple[str, str]]:
 
 
 def _result_limits(results: Results) -> list[tuple[str, str]]:
-    found = []
-    metric = facts.main_metric(results)
-    better = None if metric is None else facts.better_alone(results, metric)
-    if metric is not None and better:
-        found.append(
-            (
-                "Cooperation does not pay for everyone.",
-                f"{facts.plural(len(better), 'hospital')} had a better {facts.METRICS[metric][0]} "
-                "alone, without privacy.",
-            )
-        )
-    elif better is None:
-        found.append(
-            (
-                "Whether cooperation pays for a given hospital was not measured.",
-                "A hospital alone, without differential privacy, may do better.",
-            )
-        )
+    found = _cooperation_limits(results)
     found += [
         (
             "One run is one draw.",
@@ -266,7 +244,8 @@ def _result_limits(results: Results) -> list[tuple[str, str]]:
         ),
         (
             "Poisoned data is not detected.",
-            "A hospital that trains on false data is limited by the clip norms, not found out.",
+            "A hospital that trains on false data is limited in how far it moves a sum, not found "
+            "out.",
         ),
     ]
     if text(results, "engine") in ("in-process", "ray"):
@@ -282,6 +261,21 @@ def _result_limits(results: Results) -> list[tuple[str, str]]:
         ("This is no clinical evaluation.", "The model has not been validated for use on patients.")
     )
     return found
+
+
+def _cooperation_limits(results: Results) -> list[tuple[str, str]]:
+    metric = facts.main_metric(results)
+    better = None if metric is None else facts.better_alone(results, metric)
+    if metric is None or better is None:
+        return [
+            (
+                "Whether cooperation pays for a given hospital was not measured.",
+                "A hospital alone, without differential privacy, may do better.",
+            )
+        ]
+    count = facts.plural(len(better), "hospital")
+    said = f"{count} had a better {facts.METRICS[metric][0]} alone, without privacy."
+    return [("Cooperation does not pay for everyone.", said)] if better else []
 
 
 def _footer(results: Results) -> Html:

@@ -55,7 +55,7 @@ def _row(columns: Sequence[Column], row: Row) -> Html:
     return element("tr", heading, cells, class_=row.style or None)
 
 
-def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
+def fact_list(pairs: Sequence[tuple[str, Child]]) -> Html:
     """Names and values, one under the other."""
     return element(
         "dl",

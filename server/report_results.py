@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from server import facts
-from server.charts import Bar, Level, Line, bar_chart, line_chart
+from server.charts import Level, Line, line_chart
+from server.charts_blocks import Bar, bar_chart
 from server.facts import Results, amount
 from server.markup import Html, element, join
 from server.report_parts import (
@@ -143,22 +144,12 @@ def _other_curves(results: Results, main: str) -> Html | None:
     return element("div", charts, class_="multiples") if charts else None
 
 
-def _comparison(results: Results) -> Html | None:
+def _comparison(results: Results) -> Html:
     """Bars and a table of all models that were tested; also the table of the final metrics."""
     models = facts.compared_models(results)
     present = [
         m for m in facts.METRICS if any(facts.number(x.metrics, m) is not None for x in models)
     ]
-    bars = []
-    for metric in [m for m in _COMPARED if m in present] if len(models) > 1 else []:
-        known = [(m, v) for m in models if (v := facts.number(m.metrics, metric)) is not None]
-        own = facts.number(models[0].metrics, metric)
-        drawn = [Bar(m.name, v, m.key, _note(v, own, m.key)) for m, v in known]
-        name = facts.METRICS[metric][0]
-        alt = f"{name}: " + "; ".join(f"{m.name} {v:.3f}" for m, v in known) + "."
-        bars.append(
-            figure(element("h4", name[0].upper() + name[1:]), bar_chart(alt, drawn, width=400))
-        )
     columns = [Column("Model", numeric=False)]
     columns += [Column(facts.METRICS[m][0]) for m in present]
     rows = [
@@ -168,29 +159,34 @@ def _comparison(results: Results) -> Html | None:
         )
         for m in models
     ]
-    title = "Compared with other ways to train" if len(models) > 1 else "Final metrics"
     note = None
-    if any(m.key.startswith("local") for m in models):
-        note = paragraph(
-            "“Hospitals alone” is the mean over the hospitals, each with a model of its own.",
-            style="note",
-        )
-    none = None
     if len(models) == 1:
-        none = paragraph(
-            "No baseline was run, so this page cannot say what privacy or cooperation cost or won.",
-            style="note",
-        )
+        note = "No baseline was run: what privacy or cooperation cost or won is not known."
+    elif any(m.key.startswith("local") for m in models):
+        note = "“Hospitals alone” is the mean over the hospitals, each with a model of its own."
     caption = "Final models; the Brier score and the calibration error are better when smaller"
     return join(
         [
-            element("h3", title),
-            element("div", bars, class_="halves") if bars else None,
+            element("h3", "Compared with other ways to train" if models[1:] else "Final metrics"),
+            _bars(models, [m for m in _COMPARED if m in present]) if models[1:] else None,
             table(caption, columns, rows),
-            note,
-            none,
+            paragraph(note, style="note") if note else None,
         ]
     )
+
+
+def _bars(models: list[facts.Model], metrics: list[str]) -> Html:
+    """One chart per metric; a baseline's bar also gives its difference to this study."""
+    charts = []
+    for metric in metrics:
+        known = [(m, v) for m in models if (v := facts.number(m.metrics, metric)) is not None]
+        own = facts.number(models[0].metrics, metric)
+        drawn = [Bar(m.name, v, m.key, _note(v, own, m.key)) for m, v in known]
+        name = facts.METRICS[metric][0]
+        alt = f"{name}: " + "; ".join(f"{m.name} {v:.3f}" for m, v in known) + "."
+        title = element("h4", name[0].upper() + name[1:])
+        charts.append(figure(title, bar_chart(alt, drawn, width=400)))
+    return element("div", charts, class_="halves")
 
 
 def _note(value: float, own: float | None, key: str) -> str:

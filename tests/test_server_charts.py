@@ -11,21 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from server.charts import (
-    Bar,
-    Column,
-    Frame,
-    Level,
-    Line,
-    bar_chart,
-    cohort_grid,
-    column_chart,
-    gauge,
-    line_chart,
-    nice_ticks,
-    spread,
-    tick_text,
-)
+from server.charts import Frame, Level, Line, line_chart, nice_ticks, spread, tick_text
+from server.charts_blocks import Bar, Column, bar_chart, cohort_grid, column_chart, gauge
 
 moderate = st.floats(-1e6, 1e6).filter(lambda v: abs(v) > 1e-6 or v == 0)
 series = st.lists(moderate, min_size=1, max_size=40)
