@@ -21,16 +21,19 @@ def test_the_benchmark_writes_machine_rows_and_ratios(tmp_path, capsys, monkeypa
     assert {row["system"] for row in written["rows"] if "system" in row} == {"fedward", "flower"}
     assert written["ratios"]["bytes_per_parameter_24_bits"] == 3
     assert written["ratios"]["wire_flower_to_fedward"] > 2
-    assert {"client_vs_flower_complete_10", "client_vs_flower_regular_10"} <= set(written["ratios"])
+    assert {"client_10_degree_6_vs_flower_9", "server_4_vs_flower"} <= set(written["ratios"])
     assert all(ratio > 0 for ratio in written["ratios"].values())
     printed = capsys.readouterr().out
     assert "TenSEAL is not installed" in printed
     assert "fused_vs_keystream" in printed
 
 
-@pytest.mark.parametrize(("sites", "degree"), [(4, 3), (10, 6), (32, 8), (100, 22), (20, 6)])
-def test_a_cohort_masks_with_the_degree_it_needs(sites, degree) -> None:
-    assert secagg.degree_for(sites) == degree
+@pytest.mark.parametrize(
+    ("sites", "degrees"),
+    [(4, [3]), (10, [9, 6]), (32, [31, 8]), (100, [99, 22, 12]), (20, [19, 6])],
+)
+def test_cohorts_mask_with_the_degrees_they_need(sites, degrees) -> None:
+    assert secagg.degrees_for(sites) == degrees
 
 
 def test_the_least_time_counts_and_turns_are_interleaved() -> None:

@@ -5,8 +5,8 @@
 Client: from a real vector to the bytes that are sent (weight, clip, quantise, masks, and in ours
 the Merkle root and the signature). Server: from all sites' bytes to the real sum, no dropouts.
 Times are CPU seconds of all threads, the best of interleaved repetitions; Flower's and TenSEAL's
-sizes are theirs as sent. `complete` masks against all other sites, `regular` against the k that the
-cohort's threshold and colluders need. TenSEAL is optional (`pip install tenseal`).
+sizes are theirs as sent. `degree` is the number of sites that one masks against: all others, or as
+many as the cohort's threshold and colluders need. TenSEAL is optional (`pip install tenseal`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from shared.secagg.prg import CHUNK
 from shared.secagg.ring import Quantised, RealVector, Ring
 from simulations.benchmarks.report import Row, best_of, parser, publish
 
-COHORTS = {4: (3, 1), 10: (8, 2), 32: (28, 3), 100: (90, 10)}
-"""Sites -> (threshold, colluders)."""
+COHORTS = {4: ((3, 1),), 10: ((8, 2),), 32: ((28, 3),), 100: ((90, 10), (95, 6))}
+"""Sites -> (threshold, colluders) of cohorts of that size."""
 
 BITS = 24
 CLIP = 8.0
@@ -64,14 +64,17 @@ def main(arguments: list[str] | None = None) -> None:
     against_tenseal(values, cohorts[0], chosen, rows, ratios)
     rings(values, cohorts[0], chosen, rows, ratios)
     inner_loop(values, chosen, rows, ratios)
+    threads(values, chosen, rows, ratios)
     publish(rows, ratios, chosen.json)
 
 
-def degree_for(sites: int) -> int:
-    """Mask partners that the cohort of this size needs."""
+def degrees_for(sites: int) -> list[int]:
+    """The complete graph's degree, then those that cohorts of this size need, where smaller."""
     colluders = max(1, sites // 10)
     threshold = max(least_threshold(sites, colluders), sites - sites // 10)
-    return mask_degree(sites, *COHORTS.get(sites, (threshold, colluders)))
+    cohorts = COHORTS.get(sites, ((threshold, colluders),))
+    needed = {mask_degree(sites, *cohort) for cohort in cohorts}
+    return sorted({sites - 1, *needed}, reverse=True)
 
 
 def fedward(values: RealVector, sites: int, degree: int, bits: int = BITS) -> Sides:
@@ -179,37 +182,32 @@ def against_flower(
     rows: list[Row],
     ratios: dict[str, float],
 ) -> None:
-    """Both with the complete graph and, where it is smaller, with the regular one."""
-    degrees = {"complete": sites - 1}
-    if degree_for(sites) < sites - 1:
-        degrees["regular"] = degree_for(sites)
+    """Both with the complete graph and with those of smaller degree."""
+    degrees = degrees_for(sites)
     systems = {
-        (system.__name__, graph): system(values, sites, degree)
-        for graph, degree in degrees.items()
+        (system.__name__, degree): system(values, sites, degree)
+        for degree in degrees
         for system in (fedward, flower)
     }
-    tasks = {(*name, "client"): sides.client for name, sides in systems.items()}
-    tasks |= {
-        (system, "complete", "server"): systems[system, "complete"].server
-        for system in ("fedward", "flower")
-    }
-    cpu = best_of(tasks, repetitions(chosen, sites))
-    for (system, graph, side), seconds in cpu.items():
+    tasks = {("client", *name): sides.client for name, sides in systems.items()}
+    for name in ("fedward", "flower"):
+        tasks["server", name, degrees[0]] = systems[name, degrees[0]].server
+    cpu = best_of(tasks, min(int(chosen.repetitions), 5 if sites <= 10 else 2))
+    for (side, system, degree), seconds in cpu.items():
         row: dict[str, Any] = {"what": side, "system": system, "parameters": len(values)}
         row["sites"] = sites
         if side == "client":
-            row |= {"graph": graph, "degree": degrees[graph]}
-            row["megabytes"] = systems[system, graph].size_bytes / 1e6
+            row["degree"] = degree
+            row["megabytes"] = systems[system, degree].size_bytes / 1e6
         rows.append(row | {"bits": BITS if system == "fedward" else 32, "cpu_s": seconds})
-    for graph in degrees:
-        against = cpu["flower", graph, "client"] / cpu["fedward", graph, "client"]
-        ratios[f"client_vs_flower_{graph}_{sites}"] = against
-    if "regular" in degrees:
-        against = cpu["flower", "complete", "client"] / cpu["fedward", "regular", "client"]
-        ratios[f"client_regular_vs_flower_complete_{sites}"] = against
-    against = cpu["flower", "complete", "server"] / cpu["fedward", "complete", "server"]
-    ratios[f"server_vs_flower_{sites}"] = against
-    sizes = [systems[system, "complete"].size_bytes for system in ("flower", "fedward")]
+    for degree in degrees:
+        for theirs in sorted({degree, degrees[0]}):
+            name = f"client_{sites}_degree_{degree}_vs_flower_{theirs}"
+            ratios[name] = cpu["client", "flower", theirs] / cpu["client", "fedward", degree]
+    complete = degrees[0]
+    against = cpu["server", "flower", complete] / cpu["server", "fedward", complete]
+    ratios[f"server_{sites}_vs_flower"] = against
+    sizes = [systems[name, complete].size_bytes for name in ("flower", "fedward")]
     ratios["wire_flower_to_fedward"] = sizes[0] / sizes[1]
 
 
@@ -226,7 +224,7 @@ def against_tenseal(
     except ImportError:
         print("TenSEAL is not installed; its rows are left out (pip install tenseal)")
         return
-    ours = fedward(values, sites, degree_for(sites))
+    ours = fedward(values, sites, degrees_for(sites)[-1])
     tasks = {
         "client": theirs.client,
         "server": theirs.server,
@@ -243,7 +241,7 @@ def against_tenseal(
         }
         row |= {"megabytes": theirs.size_bytes / 1e6, "cpu_s": cpu[side]}
         rows.append(row)
-        ratios[f"{side}_vs_tenseal_{sites}"] = cpu[side] / cpu[f"our {side}"]
+        ratios[f"{side}_{sites}_vs_tenseal"] = cpu[side] / cpu[f"our {side}"]
     ratios["wire_tenseal_to_fedward"] = theirs.size_bytes / ours.size_bytes
 
 
@@ -255,7 +253,7 @@ def rings(
     ratios: dict[str, float],
 ) -> None:
     """The client's work in each ring."""
-    degree = degree_for(sites)
+    degree = degrees_for(sites)[-1]
     systems = {bits: fedward(values, sites, degree, bits) for bits in (16, 24, 32)}
     cpu = best_of({str(bits): sides.client for bits, sides in systems.items()}, chosen.repetitions)
     for bits, sides in systems.items():
@@ -273,7 +271,7 @@ def rings(
 def inner_loop(
     values: RealVector, chosen: argparse.Namespace, rows: list[Row], ratios: dict[str, float]
 ) -> None:
-    """32 masks: the bare keystream, adding it, and the whole fused loop on one and two threads.
+    """32 masks: the bare keystream, adding it, and the whole fused loop.
 
     On at most a million parameters and many repetitions, since these ratios are close to 1.
     """
@@ -290,14 +288,11 @@ def inner_loop(
                 size = 4 * min(CHUNK, len(values) - start)
                 stream.update_into(zeros[:size], buffer)
 
-    def fused(threads: int) -> bytes:
-        return masked_wire(source, keys, [], BITS, threads=threads)
-
     tasks: dict[str, Callable[[], object]] = {
         "keystream alone": keystream,
         "keystream, added": lambda: add_masks(total, keys, [], BITS),
         "AES-256-CTR, added": lambda: add_masks(total, keys, [], BITS, prg="aes-256-ctr"),
-        "quantise, mask, pack": lambda: fused(1),
+        "quantise, mask, pack": lambda: masked_wire(source, keys, [], BITS),
     }
     cpu = best_of(tasks, 5 * chosen.repetitions)
     about = {"parameters": len(values), "degree": 31}
@@ -305,19 +300,22 @@ def inner_loop(
     ratios["fused_vs_keystream"] = cpu["keystream alone"] / cpu["keystream, added"]
     ratios["whole_loop_vs_keystream"] = cpu["keystream alone"] / cpu["quantise, mask, pack"]
     ratios["aes_256_vs_chacha20"] = cpu["keystream, added"] / cpu["AES-256-CTR, added"]
-    wall = best_of(
-        {1: lambda: fused(1), 2: lambda: fused(2)}, 5 * chosen.repetitions, time.perf_counter
-    )
-    rows += [
-        {"what": f"the same on {count} threads", **about, "wall_s": seconds}
-        for count, seconds in wall.items()
-    ]
+
+
+def threads(
+    values: RealVector, chosen: argparse.Namespace, rows: list[Row], ratios: dict[str, float]
+) -> None:
+    """The whole fused loop with 32 masks on one and on two threads, in wall time."""
+    keys = [os.urandom(32) for _ in range(32)]
+    source = Quantised(values, Ring(BITS, 32), clip_range=CLIP, key=os.urandom(32))
+
+    def task(count: int) -> Callable[[], object]:
+        return lambda: masked_wire(source, keys, [], BITS, threads=count)
+
+    wall = best_of({n: task(n) for n in (1, 2)}, 2 * chosen.repetitions, time.perf_counter)
+    about = {"parameters": len(values), "degree": 31}
+    rows += [{"what": f"on {n} threads", **about, "wall_s": wall[n]} for n in wall]
     ratios["two_threads_vs_one"] = wall[1] / wall[2]
-
-
-def repetitions(chosen: argparse.Namespace, sites: int) -> int:
-    """Fewer for the slow, large cohorts."""
-    return min(int(chosen.repetitions), 5 if sites <= 10 else 2)
 
 
 if __name__ == "__main__":
