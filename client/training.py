@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +39,7 @@ RecordLosses = Callable[[Tensor, Tensor], Tensor]
 
 GRADIENT_BYTES = 1 << 30  # per-record gradients of one physical batch, about
 MOST_RECORDS = 512
+NORM_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,10 @@ class LocalTrainer:
         most = plan.training.max_records_per_patient
         self._records_of = tuple(rows[:most] for rows in data.records_of)
         self._record_counts = np.array([len(rows) for rows in self._records_of], dtype=np.int64)
-        self._module = build(plan)
-        check_model(self._module)
-        self._module.to(self.device)
-        self._parameters = list(self._module.parameters())
+        self.module = build(plan)
+        check_model(self.module)
+        self.module.to(self.device)
+        self._parameters = list(self.module.parameters())
         self._max_records = max_physical_records or self._default_records()
         require(self._max_records >= 1, "max_physical_records must be 1 or more")
         training = plan.training
@@ -136,10 +138,10 @@ class LocalTrainer:
             momentum=training.momentum,
             weight_decay=training.weight_decay,
         )
-        self._model: nn.Module = self._module
+        self._model: nn.Module = self.module
         self._clipper: PatientClipper | None = None
         if self.private:
-            self._model = GradSampleModule(self._module, loss_reduction="sum", strict=True)
+            self._model = GradSampleModule(self.module, loss_reduction="sum", strict=True)
             self._clipper = PatientClipper(
                 self._sgd,
                 noise_multiplier=noise_multiplier,
@@ -175,12 +177,13 @@ class LocalTrainer:
         drawn, seen = [], 0
         for batch in self._draws(stream, random):
             drawn.append(len(batch))
-            seen += self._gradient(batch, stream)
+            with self._exact_arithmetic():
+                seen += self._gradient(batch, stream)
             if self.plan.training.proximal_mu:
                 self._pull_towards(origin)
             self._sgd.step()
             self.steps_taken += 1
-        update = read_parameters(self._module) - start
+        update = read_parameters(self.module) - start
         require(
             bool(np.isfinite(update).all()),
             f"training diverged in round {round_no}: the model is not finite. Lower "
@@ -190,27 +193,36 @@ class LocalTrainer:
         return RoundResult(update, len(drawn), log)
 
     def gradient(
-        self, start: FlatVector, patients: NDArray[np.int64], random: ChaChaRandom
+        self,
+        start: FlatVector,
+        patients: NDArray[np.int64],
+        random: ChaChaRandom,
+        *,
+        clip_norm: float | None = None,
     ) -> FlatVector:
         """The gradient that one step at `start` on these patients would use, float32 (d,).
 
         In private modes (clipped sum + noise) / divisor. This is the code that `train_round`
-        steps by; the sensitivity guard and audits measure it.
+        steps by; the sensitivity guard and audits measure it, with other clip norms, too.
         """
+        require(clip_norm is None or self._measuring, "only measuring may change the clip norm")
+        if self._clipper is not None and clip_norm is not None:
+            self._clipper.max_grad_norm = clip_norm
         self._begin(start)
-        self._gradient(patients, random)
+        with self._exact_arithmetic():
+            self._gradient(patients, random)
         grads = [p.grad for p in self._parameters if p.grad is not None]
         flat: FlatVector = torch.cat([g.reshape(-1) for g in grads]).cpu().numpy()
         return flat
 
     def predict(self, parameters: FlatVector, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of records under the given parameters, float32, shape (records,)."""
-        load_parameters(self._module, parameters)
-        self._module.eval()
+        load_parameters(self.module, parameters)
+        self.module.eval()
         records = torch.from_numpy(np.ascontiguousarray(inputs))
         with torch.inference_mode():
             parts = [
-                self._module(part.to(self.device)).cpu()
+                self.module(part.to(self.device)).cpu()
                 for part in torch.split(records, self._max_records)
             ]
             logits: NDArray[np.float32] = torch.cat(parts).numpy()
@@ -218,12 +230,20 @@ class LocalTrainer:
 
     def _begin(self, start: FlatVector) -> None:
         """Load `start`, and forget all that an earlier, perhaps interrupted, round left."""
-        load_parameters(self._module, start)
-        self._module.train()
+        load_parameters(self.module, start)
+        self.module.train()
         self._sgd.state.clear()
         self._sgd.zero_grad(set_to_none=True)
         if self._clipper is not None:
-            forget_gradients(self._module)
+            forget_gradients(self.module)
+
+    def _exact_arithmetic(self) -> AbstractContextManager[None]:
+        """On a GPU: full float32, and one algorithm whatever else is in the batch."""
+        if self.device.type == "cpu":
+            return nullcontext()
+        return torch.backends.cudnn.flags(
+            enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+        )
 
     def _draws(self, stream: ChaChaRandom, random: ChaChaRandom) -> Iterator[NDArray[np.int64]]:
         """The patients of each step; in mode none with batch_size, the records."""
@@ -346,6 +366,17 @@ class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no type
             loss_reduction="sum",
         )
         self.divisor = divisor
+
+    @property
+    def grad_samples(self) -> list[Tensor]:
+        """Per-patient gradients in pieces, of which Opacus takes the norms.
+
+        The float32 norm of millions of values at once comes out as much as 1e-4 too small, which
+        would let a patient of a large model through with more than C. In pieces it is exact
+        to about 1e-6.
+        """
+        flat = [p.grad_sample.reshape(len(p.grad_sample), -1) for p in self.params]
+        return [piece for g in flat for piece in torch.split(g, NORM_PIECE, dim=1)]
 
     def begin_step(self) -> None:
         """Start a sum of zero; an empty draw leaves it there."""
