@@ -111,7 +111,7 @@ def _main_curve(results: Results, metric: str) -> Html | None:
             element(
                 "p",
                 "Dashed lines are the final values of the models this study is compared with. ",
-                "The scale does not start at 0. ",
+                "The scale does not start at 0. At ↓ less is better. ",
                 element("a", "Every round in numbers", href="#numbers"),
                 class_="note",
             ),
@@ -127,8 +127,8 @@ def _other_curves(results: Results, main: str) -> Html | None:
         if metric == main or len(points) < 2:
             continue
         levels = _levels(results, metric)
-        aim = "" if better_high else " (less is better)"
-        alt = f"{name}{aim} from {points[0][1]:.3f} to {points[-1][1]:.3f}."
+        alt = f"{name} from {points[0][1]:.3f} to {points[-1][1]:.3f}"
+        alt += "." if better_high else "; less is better."
         chart = line_chart(
             alt,
             [Line(name, points, "study")],
@@ -139,7 +139,7 @@ def _other_curves(results: Results, main: str) -> Html | None:
             limits=(0.0, 1.0),
             labels=False,
         )
-        title = f"{name[0].upper()}{name[1:]}{aim}"
+        title = f"{name[0].upper()}{name[1:]}{'' if better_high else ' ↓'}"
         charts.append(figure(element("h4", f"{title}: {points[-1][1]:.3f}"), chart))
     return element("div", charts, class_="multiples") if charts else None
 

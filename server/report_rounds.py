@@ -205,7 +205,7 @@ def numbers_section(results: Results) -> Html | None:
     step = math.ceil(len(rounds) / MOST_TABLE_ROWS)
     metrics = [m for m in facts.METRICS if any(number(r, "metrics", m) is not None for r in rounds)]
     private = any(number(r, "epsilon") is not None for r in rounds)
-    columns = [Column("Round"), Column("hospitals"), Column("dropped out", numeric=False)]
+    columns = [Column("Round"), Column("hospitals")]
     columns += [Column(facts.METRICS[m][0]) for m in metrics]
     columns += [Column("ε")] if private else []
     columns += [Column(t) for t in ("training", "secure sum", "whole", "up", "down")]
@@ -213,14 +213,12 @@ def numbers_section(results: Results) -> Html | None:
     for i, entry in enumerate(rounds):
         if i % step and i != len(rounds) - 1 and not facts.aborted(entry):
             continue
-        gone = facts.listing(facts.names(entry, "dropped"), 3) or "–"
         present = len(facts.names(entry, "contributors"))
         cells = [
             f"{facts.round_number(entry, i):,}",
             "aborted"
             if facts.aborted(entry)
             else f"{present} of {len(facts.names(entry, 'cohort'))}",
-            gone,
             *(amount(number(entry, "metrics", m), 3) for m in metrics),
             *([spent_amount(number(entry, "epsilon"), 3)] if private else []),
             *(facts.duration(number(entry, k)) for k in ("train_s", "secagg_s", "wall_s")),

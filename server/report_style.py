@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _LIGHT = """
 --page:#f4f6f8;--sheet:#ffffff;--ink:#17202b;--soft:#51606f;--rule:#dde3e9;--wash:#f4f7fa;
---accent:#1d4ed8;--study:#1d4ed8;--pooled:#0f766e;--pooled-dp:#0f766e;--local:#b45309;
+--shade:#17202b33;--accent:#1d4ed8;--study:#1d4ed8;--pooled:#0f766e;--pooled-dp:#0f766e;--local:#b45309;
 --local-dp:#b45309;--promise:#b91c1c;--train:#1d4ed8;--sum:#d97706;--other:#94a3b8;
 --in:#bcd3f5;--dropped:#b91c1c;--dropped-wash:#fde2e0;--aborted:#64748b;--aborted-wash:#e2e8f0;
 --warn:#8a4b00;--warn-wash:#fff6e5;--warn-rule:#eec27a;--stop:#8f1414;--stop-wash:#fdeaea;
@@ -12,7 +12,7 @@ _LIGHT = """
 """
 _DARK = """
 --page:#0e1217;--sheet:#161c24;--ink:#e5eaf0;--soft:#9fadbc;--rule:#2c3744;--wash:#1c242e;
---accent:#8ab4ff;--study:#7fb0ff;--pooled:#4fd1b8;--pooled-dp:#4fd1b8;--local:#f2b45c;
+--shade:#000000b0;--accent:#8ab4ff;--study:#7fb0ff;--pooled:#4fd1b8;--pooled-dp:#4fd1b8;--local:#f2b45c;
 --local-dp:#f2b45c;--promise:#ff8a80;--train:#7fb0ff;--sum:#f2b45c;--other:#64748b;
 --in:#2f4c78;--dropped:#ff8a80;--dropped-wash:#4a2226;--aborted:#94a3b8;--aborted-wash:#2b3542;
 --warn:#f5cd8a;--warn-wash:#2c2415;--warn-rule:#7a5a1e;--stop:#ffb4ab;--stop-wash:#3a1a1c;
@@ -64,6 +64,11 @@ table{border-collapse:collapse;width:100%;font-size:.9rem;font-variant-numeric:t
 .tabled{margin:1.2rem 0 .8rem}
 .tabled figcaption{margin:0 0 .3rem;max-width:none}
 .tabled .scroll{margin:0}
+.tabled .scroll{background:linear-gradient(to right,var(--sheet) 30%,transparent) left/2rem 100%,
+linear-gradient(to left,var(--sheet) 30%,transparent) right/2rem 100%,
+linear-gradient(to right,var(--shade),transparent) left/.8rem 100%,
+linear-gradient(to left,var(--shade),transparent) right/.8rem 100%;
+background-repeat:no-repeat;background-attachment:local,local,scroll,scroll}
 th,td{padding:.38rem .7rem;border-bottom:1px solid var(--rule);text-align:left;
 vertical-align:top}
 th:first-child,td:first-child{padding-left:.2rem}
@@ -171,12 +176,17 @@ nav,summary{display:none}
 h1,h2,h3,h4{break-after:avoid}
 figure,tr,.tiles,.banner,.warnings,.multiples figure{break-inside:avoid}
 .scroll{overflow:visible}
+.tabled .scroll{background:none}
 .tabled{break-inside:auto}
 .scroll .chart{width:100%;max-width:100%}
 details::details-content{content-visibility:visible;block-size:auto}
 a{color:inherit;text-decoration:none}
 svg *,.tile,.banner,.warnings{print-color-adjust:exact;-webkit-print-color-adjust:exact}
 table{font-size:8.5pt}
+.dense{font-size:7pt}
+.dense th,.dense td{padding:.25rem .22rem}
+.dense thead th{font-size:6.5pt}
+tbody th{min-width:0}
 }
 """
 
