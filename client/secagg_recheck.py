@@ -80,7 +80,7 @@ def _recompute(site: Site, last: LastSum, pieces: Pieces, masks: MaskKeys) -> No
     }
     for entry, piece in zip(last.contributions, pieces.pieces, strict=True):
         merkle.check_chunk(entry.root, piece.chunk, piece.proof, **where)
-        total += ring.from_wire(piece.chunk, len(total))
+        ring.add_wire(total, piece.chunk)
     plus, minus = masks
     add_masks(total, plus, minus, session.bits, offset=start, prg=session.prg)
     try:

@@ -99,7 +99,8 @@ def open_round(site: Site, r0: bytes, model_hash: bytes) -> RoundTicket:
             "names. The relay must refill before it opens the round."
         )
     _check_cohort(site, descriptor, prekey)
-    _erase_rounds(site, site.need(Progress, PROGRESS, "the store is damaged"), descriptor.round)
+    progress = site.need(Progress, PROGRESS, "the store is damaged")
+    _erase_rounds(site, progress, before=descriptor.round, used=descriptor.round)
     site.save(ROUND, Current(opening.descriptor, digest, OPENED))
     site.store[REFILL_REPLY] = answer
     site.store[ATTESTATION] = attestation
@@ -246,7 +247,7 @@ def _end(site: Site, data: bytes, raw: bytes, result: Result | None, reason: str
         last_result=_sha256(data),
         unsettled=unsettled,
     )
-    _erase_rounds(site, progress, descriptor.round + 1)
+    _erase_rounds(site, progress, before=descriptor.round + 1, used=descriptor.round)
     site.drop(AGREED_REPLY, RELEASED_REPLY)
     return Outcome(descriptor.round, total, names, after, reason)
 
@@ -281,10 +282,10 @@ def _check_cohort(site: Site, descriptor: Descriptor, prekey: Prekey) -> None:
         raise ProtocolError(f"round {descriptor.round}: the cohort holds sites without prekeys")
     if site.name not in cohort:
         raise ProtocolError(f"round {descriptor.round}: {site.name} is not in the cohort")
-    if len(cohort) < site.session.least_contributors:
+    if len(cohort) < site.session.threshold:
         raise CohortError(
             f"round {descriptor.round}: a cohort of {len(cohort)} is too small; this session "
-            f"takes {site.session.least_contributors} or more"
+            f"takes {site.session.threshold} or more"
         )
 
 
@@ -375,13 +376,17 @@ def _keep_for_recheck(
     site.save(LAST_SUM, last)
 
 
-def _erase_rounds(site: Site, progress: Progress, next_round: int) -> None:
-    """Erase all keys of rounds before `next_round`, and refuse these rounds from now on."""
-    for round_no in range(progress.kept_from, min(next_round, progress.uncovered_from)):
+def _erase_rounds(site: Site, progress: Progress, *, before: int, used: int) -> None:
+    """Erase the keys of all rounds before one, and refuse rounds up to `used` from now on."""
+    before = min(before, progress.uncovered_from)
+    for round_no in range(progress.kept_from, before):
         site.drop(prekey_place(round_no))
-    kept_from = max(progress.kept_from, min(next_round, progress.uncovered_from))
-    next_round = max(progress.next_round, next_round)
-    site.save(PROGRESS, dataclasses.replace(progress, kept_from=kept_from, next_round=next_round))
+    progress = dataclasses.replace(
+        progress,
+        kept_from=max(progress.kept_from, before),
+        next_round=max(progress.next_round, used + 1),
+    )
+    site.save(PROGRESS, progress)
 
 
 def _shares(prekey: Prekey, names: tuple[str, ...], half: int) -> bytes:

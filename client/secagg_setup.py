@@ -286,7 +286,7 @@ def _members_of(site: Site, s3: bytes) -> tuple[str, ...]:
     known = set(members) <= set(site.session.names) and site.name in members
     if list(members) != sorted(set(members)) or not known:
         raise ProtocolError("the members of a batch must be sites of the roster, this one included")
-    if len(members) < site.session.least_contributors:
+    if len(members) < site.session.threshold:
         raise ProtocolError(f"{len(members)} members of a batch are fewer than the threshold")
     return members
 

@@ -156,10 +156,10 @@ class Relay:
         chosen = batch.members if cohort is None else tuple(sorted(cohort))
         if not set(chosen) <= set(batch.members) or len(set(chosen)) != len(chosen):
             raise ConfigError(f"round {round_no}: the cohort holds sites without prekeys")
-        if len(chosen) < self.session.least_contributors:
+        if len(chosen) < self.session.threshold:
             raise ConfigError(
                 f"round {round_no}: a cohort of {len(chosen)} is too small; "
-                f"{self.session.least_contributors} are needed"
+                f"{self.session.threshold} are needed"
             )
         descriptor = Descriptor(
             session=self.session.hash(),

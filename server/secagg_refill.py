@@ -84,7 +84,7 @@ class Refill:
         """
         for name in leave_out:
             self._deals.pop(name, None)
-        if len(self._deals) < self._session.least_contributors:
+        if len(self._deals) < self._session.threshold:
             raise ProtocolError(f"only {len(self._deals)} sites dealt prekeys")
         check_pairs(self._session, self._deals)
         digests: Iterable[bytes] = (self._deals[name].digest for name in self.members)

@@ -90,7 +90,7 @@ class RelayRound:
             raise ProtocolError(f"{name}: sent two different vectors for one round")
         self._contributions[name] = Contribution(name, answer.root, answer.signature)
         self._wires[name] = answer.vector
-        self._sum += self._session.ring.from_wire(answer.vector, self._session.length)
+        self._session.ring.add_wire(self._sum, answer.vector)
         return answer.refill, answer.attestation
 
     @property
@@ -106,7 +106,7 @@ class RelayRound:
         """
         self._inputs_open = False
         self.contributors = self.received
-        least = self._session.least_contributors
+        least = self._session.threshold
         if len(self.contributors) < least:
             raise CohortError(
                 f"round {self.what.round}: {len(self.contributors)} of {len(self.what.cohort)} "
@@ -176,6 +176,8 @@ class RelayRound:
             CohortError: fewer than t sites gave their shares.
             ProtocolError: a site had dealt shares or keys that do not open; it is named.
         """
+        if self.total is not None:
+            return self.total
         if len(self._self_shares) < self._session.threshold:
             raise CohortError(
                 f"round {self.what.round}: {len(self._self_shares)} sites gave their shares; "
@@ -194,10 +196,10 @@ class RelayRound:
         plus, minus = unmask_keys(
             self._session, self.digest, self.contributors, self._self_keys, dropped
         )
-        total = self._sum.copy()
-        add_masks(total, plus, minus, self._session.bits, prg=self._session.prg)
-        self.total = total
-        return total
+        # Unmasking twice would be wrong; the sum is not needed with masks any more.
+        self.total, self._sum = self._sum, np.zeros(0, np.uint32)
+        add_masks(self.total, plus, minus, self._session.bits, prg=self._session.prg)
+        return self.total
 
     def result(self) -> tuple[bytes, bytes]:
         """The Result for all sites, and the transcript after it."""

@@ -13,8 +13,8 @@ from functools import cached_property
 from shared.errors import ConfigError
 from shared.secagg import graph
 from shared.secagg.encoding import digest
-from shared.secagg.prg import Prg
-from shared.secagg.ring import CHUNK, Ring
+from shared.secagg.prg import CHUNK, Prg
+from shared.secagg.ring import Ring
 
 MAX_PREKEY_ROUNDS = 255
 MAX_NAME_BYTES = 64
@@ -28,7 +28,8 @@ class Session:
         run_id: One study run; 1 to 64 printable ASCII characters.
         plan_sha256: Hash of the approved plan, 32 bytes.
         roster: (site name, pinned Ed25519 public key), sorted by name; 3 to 255 sites.
-        threshold: t, sites that must sign one set before anything is opened; 2t > N + c.
+        threshold: t, sites that must sign one set before anything is opened; 2t > N + c, which
+            with c <= N - 2 leaves two honest sites in every set of t.
         colluders: c >= 1, sites that may work with the server.
         degree: k, mask partners per site; see `graph.mask_degree`.
         bits: 16, 24 or 32 bits a coordinate.
@@ -143,11 +144,6 @@ class Session:
     def chunk_bytes(self) -> int:
         """Bytes of one chunk on the wire; the last of a vector may be shorter."""
         return self.chunk * self.bits // 8
-
-    @property
-    def least_contributors(self) -> int:
-        """Smallest set that may be opened: t, and two honest sites whatever c sites do."""
-        return max(self.threshold, self.colluders + 2)
 
 
 def _check_name(label: str, name: str) -> None:

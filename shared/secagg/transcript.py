@@ -188,10 +188,10 @@ def check_contributions(
     strangers = set(names) - set(cohort)
     if strangers:
         raise ProtocolError(f"contributors outside the round's cohort: {sorted(strangers)}")
-    if len(names) < session.least_contributors:
+    if len(names) < session.threshold:
         raise ProtocolError(
             f"{len(names)} contributors are too few; this session opens a sum over at least "
-            f"{session.least_contributors}"
+            f"{session.threshold}"
         )
     return names
 
