@@ -117,7 +117,8 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
         base = Path(work)
         roster = write_sites(base, plan, run.hospitals, seed=seed, device=options.device)
         folders = {h.name: base / h.name for h in run.hospitals}
-        run_id = f"{plan.name[:40]}-{started:%Y%m%d-%H%M%S}"
+        # No time in it: the sites' noise follows from seed and run, and a run can be repeated.
+        run_id = f"{plan.name[:32]}-{plan.sha256[:12]}-{seed}"[:64]
         server_app = make_server_app(
             plan,
             run_id,

@@ -1,0 +1,133 @@
+"""The walking path as its user walks it: one command, a run directory, errors in one paragraph."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from server.results import read_results
+from shared import plan as plans
+from shared.identity import verify
+from shared.messages import decode
+from shared.study import Receipt
+from simulations.cli import main
+
+QUICK = ["--rounds", "2", "--set", "evaluation.bins=64", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "first"
+    assert main(["run", "--out", str(out), *QUICK]) == 0
+    return out
+
+
+def test_a_run_leaves_everything_that_the_design_promises(run_folder: Path) -> None:
+    names = {p.name for p in run_folder.iterdir()}
+    assert {"results.json", "report.html", "model.safetensors", "model.json", "evidence"} <= names
+    results = read_results(run_folder / "results.json")
+    assert [r["round"] for r in results["rounds"]] == [1, 2]
+    assert results["final"]["metrics"]["auroc"] > 0.9
+    assert set(results["final"]["per_site"]) == set(results["cohort"]["sites"])
+
+
+def test_what_was_promised_is_what_was_charged(run_folder: Path) -> None:
+    results = read_results(run_folder / "results.json")
+    target = results["privacy"]["target_epsilon"]
+    for site in results["privacy"]["sites"].values():
+        assert site["steps"] == 2 * 5
+        assert 0.9 * target < site["epsilon"] <= target
+
+
+def test_the_model_file_is_the_model_that_every_site_signed_for(run_folder: Path) -> None:
+    about = json.loads((run_folder / "model.json").read_text())
+    evidence = json.loads((run_folder / "evidence" / "receipts.json").read_text())
+    plan = plans.from_bytes((run_folder / "evidence" / "plan.json").read_bytes())
+    assert about["plan_sha256"] == plan.sha256 == evidence["plan_sha256"]
+    receipts = {
+        name: decode(Receipt, bytes.fromhex(r["receipt"]))
+        for name, r in evidence["receipts"].items()
+    }
+    assert set(receipts) == set(plan.cohort.names)
+    assert {r.model_sha256.hex() for r in receipts.values()} == {about["state_sha256"]}
+    assert {r.transcript.hex() for r in receipts.values()} == {evidence["transcript"]}
+    tensors = load_file(run_folder / "model.safetensors")
+    assert sum(t.size for t in tensors.values()) == 31
+
+
+def test_the_same_seed_gives_the_same_model_and_another_seed_another(
+    run_folder: Path, tmp_path: Path
+) -> None:
+    assert main(["run", "--out", str(tmp_path / "again"), *QUICK]) == 0
+    first = load_file(run_folder / "model.safetensors")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(again[name], tensor)
+    assert main(["run", "--out", str(tmp_path / "other"), "--seed", "5", *QUICK]) == 0
+    other = load_file(tmp_path / "other" / "model.safetensors")
+    assert any(not np.array_equal(other[name], first[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["brest_cancer"], ["no scenario 'brest_cancer'", "Did you mean 'breast_cancer'"]),
+        (["--set", "privacy.epslon=2"], ["epslon", "epsilon"]),
+        (["--set", "privacy.epsilon=-2"], ["epsilon is -2", "above 0"]),
+        (["--set", "cohort.threshold=2"], ["threshold is 2", "valid: 3 to 4"]),
+        (["--rounds", "0"], ["--rounds is 0"]),
+        (["--set", "model.name='resnet'"], ["unknown model 'resnet'", "resnet18"]),
+        (["heart", "--data", "nowhere"], ["nowhere", "processed.cleveland.data"]),
+        (["--set", "privacy.noise_multiplier=0.5"], ["noise_multiplier 0.5", "epsilon"]),
+    ],
+)
+def test_a_mistake_is_one_paragraph_code_2_and_no_folder(
+    arguments: list[str], words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["run", *arguments, "--out", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fedward-sim: ")
+    assert len(error.strip().splitlines()) == 1
+    assert "Traceback" not in error
+    for word in words:
+        assert word in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_never_overwrites_another(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run_folder / "results.json").read_bytes()
+    assert main(["run", "--out", str(run_folder), *QUICK]) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert (run_folder / "results.json").read_bytes() == before
+
+
+def test_receipts_verify_under_the_sites_identities_only() -> None:
+    from shared.errors import ProtocolError  # noqa: PLC0415
+    from shared.identity import Identity  # noqa: PLC0415
+
+    identity, stranger = Identity.generate(), Identity.generate()
+    signature = identity.sign("receipt", b"x")
+    verify(identity.public, "receipt", b"x", signature, who="a")
+    for public, context, payload in (
+        (stranger.public, "receipt", b"x"),
+        (identity.public, "agree", b"x"),
+        (identity.public, "receipt", b"y"),
+    ):
+        with pytest.raises(ProtocolError):
+            verify(public, context, payload, signature, who="a")
+
+
+@pytest.mark.slow
+def test_the_ray_engine_ends_with_the_very_same_model(run_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "ray"
+    assert main(["run", "--engine", "ray", "--out", str(out), *QUICK]) == 0
+    first, ray = load_file(run_folder / "model.safetensors"), load_file(out / "model.safetensors")
+    for name, tensor in first.items():
+        np.testing.assert_array_equal(ray[name], tensor)
