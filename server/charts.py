@@ -243,7 +243,7 @@ def x_axis(frame: Frame, label: str) -> Html:
     inner = [t for t in nice_ticks(*frame.x, room, whole=True) if frame.x[0] <= t <= frame.x[1]]
     if frame.x[0] == int(frame.x[0]):
         # The first round is 1, not 0: show it unless it would touch the next label.
-        gap = (frame.x[1] - frame.x[0]) / (frame.right - frame.left) * 30
+        gap = (frame.x[1] - frame.x[0]) / (frame.right - frame.left) * 44
         inner = [frame.x[0], *(t for t in inner if t - frame.x[0] > gap)]
     parts = [
         element(

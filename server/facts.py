@@ -183,26 +183,29 @@ class BetterAlone:
     site: str
     alone: float
     together: float
+    test_patients: float | None
 
 
 def better_alone(results: Results, metric: str) -> list[BetterAlone] | None:
-    """Hospitals that do better alone, measured on the same test patients as the study's model.
+    """Hospitals that do better alone, by at least 0.0005, on their own test patients.
 
-    `baselines.local.tested_on` says which: "pooled" (all hospitals' test patients, the default)
-    or "own" (the hospital's own). None where nothing can be compared.
+    Both sides are tested on the same patients: `baselines.local.per_site` and `final.per_site`
+    are each about the hospital's own. None where nothing can be compared.
     """
     local = mapping(get(results, "baselines", "local", "per_site"))
-    own = get(results, "baselines", "local", "tested_on") == "own"
     sign = 1 if METRICS[metric][1] else -1
     found, compared = [], False
     for site, metrics in local.items():
-        path = ("per_site", site, metric) if own else ("metrics", metric)
-        alone, together = number(metrics, metric), number(results, "final", *path)
+        alone, together = (
+            number(metrics, metric),
+            number(results, "final", "per_site", site, metric),
+        )
         if alone is None or together is None:
             continue
         compared = True
-        if sign * (alone - together) > 0:
-            found.append(BetterAlone(site, alone, together))
+        if sign * (alone - together) >= 5e-4:  # less would not show
+            patients = number(results, "final", "per_site", site, "test_patients")
+            found.append(BetterAlone(site, alone, together, patients))
     return sorted(found, key=lambda b: -abs(b.alone - b.together)) if compared else None
 
 

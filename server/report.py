@@ -158,7 +158,7 @@ def _tiles(results: Results) -> Html:
     spent, promised = facts.spent_epsilon(results), number(results, "privacy", "target_epsilon")
     budget = "no bound at all" if not facts.is_private(results) else "of an unknown promise"
     if facts.is_private(results) and promised is not None:
-        budget = f"of {amount(promised)} promised per patient"
+        budget = f"of {amount(promised)} promised"
     rounds = facts.rounds(results)
     done = sum(not facts.aborted(r) for r in rounds)
     lost = sum(len(gone) for _, gone in facts.dropouts(results))

@@ -83,7 +83,8 @@ def _volumes(results: Results) -> Html:
         pairs.append(("Messages", facts.whole(messages) + more))
     coordinates, bits = (number(results, "secure_sum", k) for k in ("coordinates", "bits"))
     if coordinates is not None and bits is not None:
-        pairs.append(("Secure sum", f"{facts.whole(coordinates)} numbers of {bits:.0f} bits"))
+        what = "numbers: the parameters, and the counts that are summed with them"
+        pairs.append(("A masked vector", f"{facts.whole(coordinates)} {bits:.0f}-bit {what}"))
     return fact_list(pairs)
 
 

@@ -57,10 +57,10 @@ def _tested_on(results: Results) -> Html:
         "AUROC": facts.auroc_interval(results),
         "accuracy": facts.accuracy_interval(results),
     }
-    ranges = [f"{name} from {i[0]:.3f} to {i[1]:.3f}" for name, i in known.items() if i]
+    ranges = [f"{name} between {i[0]:.3f} and {i[1]:.3f}" for name, i in known.items() if i]
     if ranges:
         said += (
-            f" So many patients leave a 95 % interval for the final {' and '.join(ranges)}; "
+            f" So many patients place the final {', the '.join(ranges)} (95 % intervals); "
             "smaller differences between models may be chance."
         )
     return paragraph(said)
@@ -163,7 +163,10 @@ def _comparison(results: Results) -> Html:
     if len(models) == 1:
         note = "No baseline was run: what privacy or cooperation cost or won is not known."
     elif any(m.key.startswith("local") for m in models):
-        note = "“Hospitals alone” is the mean over the hospitals, each with a model of its own."
+        note = (
+            "“Hospitals alone” is the mean over the hospitals, each with a model of its own that "
+            "is tested on the patients of all."
+        )
     caption = "Final models; the Brier score and the calibration error are better when smaller"
     return join(
         [
@@ -203,38 +206,39 @@ def _alone(results: Results, metric: str) -> Html | None:
     name = facts.METRICS[metric][0]
     title = element("h3", "Would a hospital do better alone?")
     if not better:
-        return join(
-            [
-                title,
-                paragraph(
-                    f"No: on the same test patients, no hospital's own model, trained alone "
-                    f"without privacy, has a better {name} than the model of this study."
-                ),
-            ]
+        said = (
+            "No: on its own test patients, no hospital's own model, trained alone without "
+            f"privacy, has a better {name} than the model of this study."
         )
+        return join([title, paragraph(said)])
     rows = [
-        Row((b.site, amount(b.alone, 3), amount(b.together, 3), facts.gap(b.alone, b.together)))
+        Row(
+            (
+                b.site,
+                facts.whole(b.test_patients),
+                amount(b.alone, 3),
+                amount(b.together, 3),
+                facts.gap(b.alone, b.together),
+            )
+        )
         for b in better
     ]
     columns = [
         Column("Hospital", numeric=False),
+        Column("own test patients"),
         Column(f"{name}, alone without privacy"),
         Column(f"{name}, this study"),
         Column("difference"),
     ]
-    count = facts.plural(len(better), "hospital")
-    return join(
-        [
-            title,
-            paragraph(
-                f"Yes: for {count} ({facts.listing([b.site for b in better])}) a model trained "
-                f"alone, without any privacy, has a better {name} on the same test patients. "
-                "Such a hospital gains from the study only if it wants the privacy, or the model "
-                "for patients unlike its own."
-            ),
-            _folded(table("Hospitals that do better alone", columns, rows), len(rows)),
-        ]
+    said = (
+        f"Yes: for {facts.plural(len(better), 'hospital')} "
+        f"({facts.listing([b.site for b in better])}) a model trained alone, without any privacy, "
+        f"has a better {name} on the hospital's own test patients. Few test patients make such a "
+        "difference uncertain; where it is real, the hospital gains from the study only if it "
+        "wants the privacy, or a model for patients unlike its own."
     )
+    shown = table("Hospitals that do better alone", columns, rows)
+    return join([title, paragraph(said), _folded(shown, len(rows))])
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def participation_section(results: Results) -> Html:
     rows = [Row((f"{n:,}", facts.listing(names, 12))) for n, names in gone]
     listed = None
     if rows:
-        columns = [Column("Round"), Column("dropped out", numeric=False)]
+        columns = [Column("Round", numeric=False), Column("dropped out", numeric=False)]
         listed = unfold("Dropouts as a table", table("Dropouts by round", columns, rows))
     return section("participation", "Who took part", paragraph(said), grid, note, listed)
 

@@ -81,13 +81,10 @@ _ROUND = _table(
         "metrics": _METRICS,
     },
 )
+# `metrics` is on all test patients, `per_site` on each hospital's own, as in `final`.
 _BASELINE = _table(
     {"metrics": _METRICS},
-    {
-        "per_site": _by_name(_METRICS),
-        "tested_on": {"type": "string", "enum": ["pooled", "own", None]},
-        "epsilon": _AMOUNT,
-    },
+    {"per_site": _by_name(_METRICS), "epsilon": _AMOUNT},
 )
 _SITE_PRIVACY = _table(
     {"epsilon": _AMOUNT},
@@ -316,7 +313,7 @@ def _check_items(value: Any, rule: Rule, where: str) -> None:
 
 def _check_enum(value: Any, choices: list[Any], where: str) -> None:
     if value not in choices:
-        valid = ", ".join(repr(c) for c in choices if c is not None)
+        valid = ", ".join(map(repr, choices))
         _refuse(where, f"is {value!r:.60}; valid: {valid}")
 
 

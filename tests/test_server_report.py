@@ -260,29 +260,29 @@ def test_an_unknown_mode_claims_nothing() -> None:
 
 def test_hospitals_that_do_better_alone_are_named() -> None:
     record = example_results(rounds=3)
-    record["final"]["metrics"]["auroc"] = 0.95
-    for name, value in {"north": 0.97, "south": 0.94, "east": 0.90, "west": 0.95}.items():
+    alone = {"north": 0.97, "south": 0.94, "east": 0.90, "west": 0.9504}
+    for name, value in alone.items():
         record["baselines"]["local"]["per_site"][name]["auroc"] = value
+        record["final"]["per_site"][name]["auroc"] = 0.95
     text = check_page(render(record)).text
     assert "Yes: for 1 hospital (north)" in text
-    assert "+0.020" in text
+    assert "0.970 0.950 +0.020" in text
+    assert "1 hospital had a better AUROC alone" in text
     record["baselines"]["local"]["per_site"]["north"]["auroc"] = 0.949
     assert "Would a hospital do better alone? No:" in check_page(render(record)).text
 
 
 def test_alone_and_together_are_compared_on_the_same_patients() -> None:
     record = example_results(rounds=3)
-    local = record["baselines"]["local"]
-    local["per_site"] = {"north": {"auroc": 0.93}}
-    record["final"]["metrics"]["auroc"] = 0.95
-    record["final"]["per_site"]["north"]["auroc"] = 0.91
+    record["baselines"]["local"]["per_site"] = {"north": {"auroc": 0.93, "brier": 0.2}}
+    record["final"]["metrics"] = {"auroc": 0.5, "brier": 0.9}  # of other patients, too
+    record["final"]["per_site"]["north"] = {"auroc": 0.95, "brier": 0.1}
     assert facts.better_alone(record, "auroc") == []
-    local["tested_on"] = "own"
-    assert facts.better_alone(record, "auroc") == [facts.BetterAlone("north", 0.93, 0.91)]
-    local["per_site"]["north"] = {"brier": 0.2}
-    record["final"]["per_site"]["north"]["brier"] = 0.1
     assert facts.better_alone(record, "brier") == []  # less is better
-    assert facts.better_alone(record, "auroc") is None
+    record["final"]["per_site"]["north"] = {"auroc": 0.91, "test_patients": 30}
+    found = facts.better_alone(record, "auroc")
+    assert found == [facts.BetterAlone("north", 0.93, 0.91, 30.0)]
+    assert facts.better_alone(record, "brier") is None
 
 
 def test_aborted_rounds_and_dropouts_are_told() -> None:

@@ -88,7 +88,6 @@ def test_records_of_runs_pass_and_come_back_unchanged(
         (["privacy", "sites", "north", "epsilon"], DELETE, "privacy.sites.north.epsilon is miss"),
         (["privacy", "sites", "north", "sample_rate"], 2, "privacy.sites.north.sample_rate is 2"),
         (["baselines", "pooled", "metrics"], DELETE, "baselines.pooled.metrics is missing"),
-        (["baselines", "local", "tested_on"], "some", "baselines.local.tested_on is 'some'"),
         (["wire", "by_phase", "agree", "messages"], -1, "wire.by_phase.agree.messages is -1"),
         (["warnings"], ["a", 1], "warnings[1] is 1; it must be a text"),
         (["extra"], {"deep": [0, math.nan]}, "extra.deep[1] is nan"),

@@ -222,8 +222,8 @@ def test_no_privacy_is_the_second_thing_said() -> None:
 
 def test_better_alone_is_said() -> None:
     record = example_results(rounds=3)
-    record["final"]["metrics"]["auroc"] = 0.9
     for name in ("north", "south", "east", "west"):
+        record["final"]["per_site"][name]["auroc"] = 0.9
         record["baselines"]["local"]["per_site"][name]["auroc"] = 0.8
     assert "Better alone" not in final_table(record)
     record["baselines"]["local"]["per_site"]["west"]["auroc"] = 0.95
