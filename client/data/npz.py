@@ -65,6 +65,8 @@ def read_npz(path: Path, task: TaskPlan, part: Part = "train") -> Reading:
 
 def _array(path: Path, name: str, kinds: str, dimensions: tuple[int, ...]) -> NDArray[np.generic]:
     try:
+        if not zipfile.is_zipfile(path):
+            raise zipfile.BadZipFile
         with np.load(path, allow_pickle=False) as archive:
             require(
                 name in archive.files,

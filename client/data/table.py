@@ -158,13 +158,8 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
     columns = {
         f.name: _read_feature(path, table[sources[f.name]], f, mapping) for f in task.features
     }
-    keep = np.ones(rows, dtype=np.bool_)
-    if mapping.drop_incomplete:
-        keep = labels >= 0
-        for f in task.features:
-            if f.missing == "refuse":
-                keep &= ~_is_missing(columns[f.name])
-        require(bool(keep.any()), f"{path}: every row is incomplete, so none is left.")
+    needed = {sources[f.name]: columns[f.name] for f in task.features if f.missing == "refuse"}
+    keep = _complete_rows(path, labels, needed, mapping.drop_incomplete)
     refuse_unusable_labels(path, label, labels[keep], mapping.allow_one_class)
     columns = {name: values[keep] for name, values in columns.items()}
     if mapping.patient:
@@ -274,12 +269,12 @@ def _numbers(
             value = math.inf if "_" in text else float(text)
         except ValueError:
             value = math.inf
-        require(
-            math.isfinite(value),
-            f"{path}: column {source!r} must hold numbers ({feature.name!r} in the plan), but data "
-            f"row {row + 1} has another text. Correct it (decimal point, no unit, no thousands "
-            "separator), or name that text under missing in the mapping.",
-        )
+        if not math.isfinite(value):
+            raise ConfigError(
+                f"{path}: column {source!r} must hold numbers ({feature.name!r} in the plan), but "
+                f"data row {row + 1} has another text. Correct it (decimal point, no unit, no "
+                "thousands separator), or name that text under missing in the mapping."
+            )
         values[row] = value
     return values
 
@@ -307,17 +302,37 @@ def _codes(
 
 def _read_patients(path: Path, texts: Texts, mapping: TableMapping) -> Texts:
     missing = set(mapping.missing)
-    for row, text in enumerate(texts):
-        require(
-            text not in missing,
-            f"{path}: column {mapping.patient!r} (the patient's identifier) is missing in data "
-            f"row {row + 1}. Privacy is counted by patient, so every row needs one.",
-        )
+    first = next((row for row, text in enumerate(texts, start=1) if text in missing), 0)
+    require(
+        first == 0,
+        f"{path}: column {mapping.patient!r} (the patient's identifier) is missing in data row "
+        f"{first}. Privacy is counted by patient, so every row needs one.",
+    )
     return texts
 
 
-def _is_missing(values: NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.bool_]:
-    return np.isnan(values) | (values == MISSING_CATEGORY if values.dtype == np.int64 else False)
+def _complete_rows(
+    path: Path,
+    labels: NDArray[np.int64],
+    needed: dict[str, NDArray[np.float64] | NDArray[np.int64]],
+    drop_incomplete: bool,
+) -> NDArray[np.bool_]:
+    """Which rows to keep: all, or those with a label and all needed values."""
+    keep = labels >= 0 if drop_incomplete else np.ones(len(labels), dtype=np.bool_)
+    for source, values in needed.items():
+        missing = values == MISSING_CATEGORY if values.dtype == np.int64 else np.isnan(values)
+        if drop_incomplete:
+            keep = keep & ~missing
+            continue
+        require(
+            not missing.any(),
+            f"{path}: column {source!r} has {int(missing.sum())} missing value(s), the first in "
+            f"data row {int(np.argmax(missing)) + 1}, and the plan refuses them. Complete those "
+            "rows, leave them out with drop_incomplete = true, or agree on another plan (missing "
+            "= 'midpoint' or 'indicator').",
+        )
+    require(bool(keep.any()), f"{path}: every row is incomplete, so none is left.")
+    return keep
 
 
 def _plain(text: str) -> str:
@@ -337,11 +352,11 @@ def _read_csv(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str,
             positions = {name: _position(path, header, name) for name in wanted}
             columns: dict[str, Texts] = {name: [] for name in wanted}
             for row, cells in enumerate((r for r in reader if r), start=1):
-                require(
-                    len(cells) == len(header),
-                    f"{path}: data row {row} has {len(cells)} cells, the header has "
-                    f"{len(header)}. Check the delimiter ({mapping.delimiter!r}) and quoting.",
-                )
+                if len(cells) != len(header):
+                    raise ConfigError(
+                        f"{path}: data row {row} has {len(cells)} cells, the header has "
+                        f"{len(header)}. Check the delimiter ({mapping.delimiter!r}) and quoting."
+                    )
                 for name, position in positions.items():
                     columns[name].append(cells[position].strip())
             return columns

@@ -1,0 +1,35 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture
+def real_data() -> Path:
+    """The folder with real public datasets, one sub-folder each; the test skips without it."""
+    folder = os.environ.get("FEDWARD_TEST_DATA", "")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("FEDWARD_TEST_DATA names no folder with datasets")
+    return Path(folder)
+
+
+@pytest.fixture
+def heart_folder(real_data: Path) -> Path:
+    """The folder with the UCI heart-disease files and FLamby's split."""
+    folder = real_data / "heart_disease_4hospitals"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder.name} in FEDWARD_TEST_DATA")
+    return folder
+
+
+@pytest.fixture
+def breastmnist_folder(real_data: Path) -> Path:
+    """The folder with breastmnist.npz."""
+    folder = real_data / "breastmnist"
+    if not folder.is_dir():
+        pytest.skip(f"no {folder.name} in FEDWARD_TEST_DATA")
+    return folder
