@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from client.guard import check_sensitivity
-
 from client.app import forget_sites
+from client.run import check_once
 from client.training import choose_device
 from server.app import make_server_app
 from server.record import server_results, write_evidence, write_model
@@ -91,8 +90,7 @@ def prepare(scenario: Scenario, options: RunOptions) -> PreparedRun:
     )
     hospitals = load_hospitals(scenario.simulation, scenario.plan)
     noise_multiplier_of(scenario.plan)
-    if scenario.plan.privacy.mode != "none":
-        check_sensitivity(scenario.plan, options.device)
+    check_once(scenario.plan, options.device)
     return PreparedRun(scenario, hospitals, options)
 
 

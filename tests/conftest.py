@@ -6,6 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+# Tiny models are slower on several threads, most of all where the machine is shared.
+torch.set_num_threads(1)
 
 
 @pytest.fixture
