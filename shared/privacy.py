@@ -18,7 +18,7 @@ Koskela et al., "Computing Tight Differential Privacy Guarantees Using FFT", AIS
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -113,28 +113,43 @@ def calibrate(epsilon: float, delta: float, sample_rate: float, steps: int) -> f
     require(epsilon > 0 and math.isfinite(epsilon), f"epsilon is {epsilon:g}; above 0 and finite")
     require(steps >= 1, f"steps is {steps}; 1 or more")
 
-    def enough(thousandths: int) -> bool:
-        return epsilon_of(thousandths / 1000, sample_rate, steps, delta) <= epsilon
+    def cost(thousandths: int) -> float:
+        return epsilon_of(thousandths / 1000, sample_rate, steps, delta)
 
+    most = int(1000 * _LARGEST_MULTIPLIER)
     # The moments accountant's scale: a start near the answer, nothing is concluded from it.
     guess = sample_rate * math.sqrt(2 * steps * math.log(1 / delta)) / epsilon
-    high = max(300, math.ceil(1000 * min(guess, _LARGEST_MULTIPLIER)))
-    while not enough(high):
-        if high >= 1000 * _LARGEST_MULTIPLIER:
+    high = min(most, max(300, math.ceil(1000 * guess)))
+    while cost(high) > epsilon:
+        if high == most:
             raise ConfigError(
                 f"no noise keeps {steps} steps at sample rate {sample_rate:g} within epsilon "
                 f"{epsilon:g} at delta {delta:g}. Take fewer steps, or raise epsilon."
             )
-        high = min(high + high // 4, int(1000 * _LARGEST_MULTIPLIER))
-    low = high
-    while low > 1 and enough(low):
-        high, low = low, max(1, low - low // 5 - 1)
-    if low == 1 and enough(1):
-        return 0.001
+        high = min(high + high // 4, most)
+    low = high - high // 5
+    while cost(low) <= epsilon:
+        if low == 1:
+            return 0.001
+        high, low = low, max(1, low - low // 5)
+    return _least_between(cost, epsilon, low, high) / 1000
+
+
+def _least_between(cost: Callable[[int], float], limit: float, low: int, high: int) -> int:
+    """The least whole number whose cost is within `limit`; low's is not, high's is.
+
+    Cost falls nearly as a power, so a straight line in logarithms lands close; every third probe
+    halves the interval instead, so that the search ends soon in any case.
+    """
+    probe = 0
     while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle, high)
-    return high / 1000
+        probe += 1
+        share = 0.5
+        if probe % 3 and cost(high) > 0 and math.isfinite(cost(low)):
+            share = math.log(cost(low) / limit) / math.log(cost(low) / cost(high))
+        middle = min(high - 1, max(low + 1, math.ceil(low + share * (high - low))))
+        low, high = (low, middle) if cost(middle) <= limit else (middle, high)
+    return high
 
 
 def steps_of(plan: StudyPlan) -> int:
