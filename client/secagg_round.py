@@ -40,6 +40,7 @@ from shared.secagg.masking import Source, add_masks
 from shared.secagg.messages import (
     Abort,
     Agreed,
+    Beside,
     Contribution,
     Descriptor,
     Included,
@@ -80,7 +81,10 @@ class Outcome:
 
 
 def open_round(site: Site, r0: bytes, model_hash: bytes) -> RoundTicket:
-    """R0: refuse another run, round, history, model or cohort than this site knows."""
+    """R0: refuse another run, round, history, model or cohort than this site knows.
+
+    A site outside the cohort gives no more than its part in a refill; it promises nothing.
+    """
     opening = decode(Opening, r0)
     descriptor = decode(Descriptor, opening.descriptor)
     digest = transcript.descriptor_digest(opening.descriptor)
@@ -89,6 +93,9 @@ def open_round(site: Site, r0: bytes, model_hash: bytes) -> RoundTicket:
         reply = site.store.get(MASKED_REPLY) if current.phase >= MASKED else None
         return RoundTicket(descriptor.round, digest, descriptor.cohort, reply)
     progress = site.need(Progress, PROGRESS, "the store is damaged")
+    if progress.active and site.name not in descriptor.cohort and opening.refill:
+        beside = encode(Beside(digest, site.name, refill(site, opening.refill)))
+        return RoundTicket(descriptor.round, digest, descriptor.cohort, beside)
     _check_descriptor(site, descriptor, progress, model_hash)
     answer = refill(site, opening.refill)
     attestation = check_chunks(site, opening.recheck) if opening.recheck else b""

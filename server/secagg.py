@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from server.secagg_recheck import Kept, Rechecks
-from server.secagg_refill import Refill, Stage
+from server.secagg_refill import Refill, SavedRefill, Stage
 from server.secagg_round import RelayRound
 from server.secagg_setup import Batch, Deal, check_deal, deliveries
 from shared.errors import CohortError, ConfigError, ProtocolError
@@ -74,6 +74,7 @@ class Snapshot:
     unactivated: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
     open_descriptor: Annotated[bytes, Blob()]
     kept: Annotated[Kept | None, Maybe(Nested(Kept))]
+    refill: Annotated[SavedRefill | None, Maybe(Nested(SavedRefill))]
 
 
 class Relay:
@@ -138,13 +139,17 @@ class Relay:
     def open_round(
         self, round_no: int, *, model_hash: bytes, cohort: tuple[str, ...] | None = None
     ) -> Mapping[str, bytes]:
-        """R0 for each site of the cohort (default: all sites that have prekeys for the round).
+        """R0 for each site of the cohort (default: all sites).
+
+        Sites without prekeys for this round are left out of it; while a refill is under way they
+        get a request all the same, and answer with prekeys for the next batch.
 
         A request is put together when it is taken out of the mapping: with large vectors, send
         one after the other, since each holds a recheck package of c + 1 vectors or more.
 
         Raises:
-            ConfigError: the round number is used up, or the cohort is not one the sites accept.
+            ConfigError: the round number is used up.
+            CohortError: fewer than t sites of the cohort have prekeys.
             ProtocolError: the last round is still open, or the prekeys do not cover this one.
         """
         if self._round is not None:
@@ -153,12 +158,11 @@ class Relay:
             raise ConfigError(f"round {round_no} is used up; {self.next_round} is the next")
         self._advance_refill(round_no, cohort)
         batch = self._batch_of(round_no)
-        chosen = batch.members if cohort is None else tuple(sorted(cohort))
-        if not set(chosen) <= set(batch.members) or len(set(chosen)) != len(chosen):
-            raise ConfigError(f"round {round_no}: the cohort holds sites without prekeys")
+        wanted = set(batch.members if cohort is None else cohort)
+        chosen = tuple(name for name in batch.members if name in wanted)
         if len(chosen) < self.session.threshold:
-            raise ConfigError(
-                f"round {round_no}: a cohort of {len(chosen)} is too small; "
+            raise CohortError(
+                f"round {round_no}: {len(chosen)} sites of the cohort have prekeys; "
                 f"{self.session.threshold} are needed"
             )
         descriptor = Descriptor(
@@ -171,12 +175,16 @@ class Relay:
         )
         self._round = RelayRound(self.session, batch, encode(descriptor))
         self.next_round = round_no + 1
-        steps = {name: self._refill_step(name) for name in chosen}
+        steps = {name: self._refill_step(name) for name in cohort or self.session.names}
+        steps = {name: step for name, step in steps.items() if step or name in chosen}
         work = self._rechecks.assign(chosen, self._spare_checkers) if self._rechecks else {}
         return _Openings(self._round.descriptor, steps, self._rechecks, work)
 
     def add_masked(self, name: str, reply: bytes) -> None:
         """Add one site's R1; ProtocolError names the site when it is late, forged or malformed."""
+        if name not in self._open().what.cohort:
+            self.add_refill(name, self._open().beside(name, reply))
+            return
         refill, attestation = self._open().add_masked(name, reply)
         if refill:
             self.add_refill(name, refill)
@@ -264,6 +272,11 @@ class Relay:
         return encode(Settlement(self._rechecks.attestations))
 
     @property
+    def cohort(self) -> tuple[str, ...]:
+        """The sites of the open round."""
+        return self._open().what.cohort
+
+    @property
     def contributors(self) -> tuple[str, ...]:
         """U3 of the open round, once inputs are closed."""
         return self._open().contributors
@@ -319,6 +332,7 @@ class Relay:
                 unactivated=self._unactivated,
                 open_descriptor=self._round.descriptor if self._round else b"",
                 kept=self._rechecks.kept if self._rechecks else None,
+                refill=self._refill.save() if self._refill else None,
             )
         )
 
@@ -339,6 +353,8 @@ class Relay:
         relay._batches = list(saved.batches)
         relay._unactivated = dict(saved.unactivated)
         relay._rechecks = Rechecks(session, saved.kept) if saved.kept else None
+        if saved.refill:
+            relay._refill = Refill.restore(session, saved.setup, saved.refill)
         if saved.open_descriptor:
             batch = relay._batch_of(decode(Descriptor, saved.open_descriptor).round)
             relay._round = RelayRound(session, batch, saved.open_descriptor)

@@ -6,8 +6,10 @@ has a new number, and so new keys, and leaves out sites that were accused.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from enum import Enum
+from typing import Annotated
 
 from server.secagg_setup import (
     Batch,
@@ -19,9 +21,9 @@ from server.secagg_setup import (
     deliveries,
 )
 from shared.errors import ProtocolError
-from shared.messages import encode
+from shared.messages import U32, Blob, ByName, Flag, encode, message
 from shared.secagg import transcript
-from shared.secagg.messages import S3, Activation, DealRequest
+from shared.secagg.messages import MAX_SITES, S3, Activation, DealRequest, Signatures
 from shared.secagg.session import Session
 
 
@@ -30,6 +32,18 @@ class Stage(Enum):
 
     DEALING = "deal"
     CONFIRMING = "confirm"
+
+
+@message(0x0304)
+@dataclass(frozen=True, slots=True)
+class SavedRefill:
+    """A refill that is under way, for a checkpoint."""
+
+    number: Annotated[int, U32]
+    first_round: Annotated[int, U32]
+    confirming: Annotated[bool, Flag()]
+    deals: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
+    signatures: Signatures
 
 
 class Refill:
@@ -92,6 +106,27 @@ class Refill:
             self._setup, self.number, self.first_round, self.members, digests
         )
         self.stage = Stage.CONFIRMING
+
+    def save(self) -> SavedRefill:
+        """What `restore` goes on from."""
+        return SavedRefill(
+            number=self.number,
+            first_round=self.first_round,
+            confirming=self.stage is Stage.CONFIRMING,
+            deals={name: encode(deal.message) for name, deal in self._deals.items()},
+            signatures=dict(self._signatures),
+        )
+
+    @classmethod
+    def restore(cls, session: Session, setup: bytes, saved: SavedRefill) -> Refill:
+        """Go on from a checkpoint; everything in it is checked again."""
+        refill = cls(session, setup, saved.number, saved.first_round)
+        for name, deal in saved.deals.items():
+            refill.reply(name, deal)
+        if saved.confirming:
+            refill.close_dealing()
+            refill._signatures = dict(saved.signatures)
+        return refill
 
     def finish(self) -> Batch:
         """The confirmed batch, with the activation message for its members."""

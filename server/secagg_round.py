@@ -18,6 +18,7 @@ from shared.secagg.masking import add_masks
 from shared.secagg.messages import (
     Agreed,
     Attestation,
+    Beside,
     Contribution,
     Descriptor,
     Included,
@@ -31,7 +32,7 @@ from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
 from shared.secagg.unmask import unmask_keys, unwrap
 
-M = TypeVar("M", Masked, Agreed, Released)
+M = TypeVar("M", Masked, Beside, Agreed, Released)
 
 
 class RelayRound:
@@ -92,6 +93,11 @@ class RelayRound:
         self._wires[name] = answer.vector
         self._session.ring.add_wire(self._sum, answer.vector)
         return answer.refill, answer.attestation
+
+    def beside(self, name: str, reply: bytes) -> bytes:
+        """The refill's answer of a site outside the cohort; it has no part in the sum."""
+        self._expect(name, self._session.names)
+        return self._decode(name, Beside, reply).refill
 
     @property
     def received(self) -> tuple[str, ...]:

@@ -129,8 +129,7 @@ class World:
         relay, gone = self.relay, set(lost_before_r1)
         r0 = relay.open_round(round_no, model_hash=MODEL, cohort=cohort)
         for name in sorted(set(r0) - gone):
-            ticket = self.members[name].open_round(r0[name], model_hash=MODEL)
-            relay.add_masked(name, self.members[name].masked_input(ticket, vectors[name]))
+            relay.add_masked(name, self.upload(name, r0[name], vectors[name]))
         for name in r0:
             for package in relay.recheck_packages(name):
                 relay.add_recheck(name, self.members[name].check_chunks(package))

@@ -35,7 +35,7 @@ def opening(r0: bytes, **changes: Any) -> bytes:
     """R0 with another descriptor."""
     message = decode(Opening, r0)
     descriptor = dataclasses.replace(decode(Descriptor, message.descriptor), **changes)
-    return encode(dataclasses.replace(message, descriptor=encode(descriptor)))
+    return encode(dataclasses.replace(message, descriptor=encode(descriptor), refill=b""))
 
 
 def included(r2: bytes, contributions: Sequence[Contribution]) -> bytes:

@@ -157,6 +157,16 @@ class Masked:
     vector: Annotated[bytes, Blob()]
 
 
+@message(0x011D)
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """R1 of a site outside the cohort: its part in a refill, and no vector."""
+
+    digest: Hash
+    sender: Name
+    refill: Annotated[bytes, Blob()]
+
+
 @dataclass(frozen=True, slots=True)
 class Contribution:
     """One site's masked vector, by its root and the site's signature."""
