@@ -171,7 +171,7 @@ def compared_models(results: Results) -> list[Model]:
         metrics = mapping(get(results, "baselines", key, "metrics"))
         if metrics:
             spent = number(results, "baselines", key, "epsilon")
-            shown = name if spent is None else f"{name} (ε {amount(spent)})"
+            shown = name if spent is None else f"{name} (ε\u00a0{amount(spent)})"
             found.append(Model(key, shown, metrics))
     return found
 
@@ -299,7 +299,8 @@ def delta_text(value: float | None) -> str:
 def gap(value: float, reference: float, digits: int = 3) -> str:
     """The difference of two figures as they are shown, signed."""
     shown = round(value, digits) - round(reference, digits)
-    return f"{shown + 0.0:+.{digits}f}".replace("-", "−")
+    sign = "±" if abs(shown) < 0.5 * 10**-digits else "+" if shown > 0 else "−"
+    return f"{sign}{abs(shown):.{digits}f}"
 
 
 def amount(value: float | None, digits: int = 2) -> str:

@@ -15,7 +15,7 @@ from example_results import example_results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server import facts
+from server import facts, report_style
 from server.markup import element
 from server.report import render, write_report
 
@@ -200,6 +200,24 @@ def test_charts_can_be_read_without_seeing_them() -> None:
     assert all(a.get("scope") in ("row", "col") for a in headings)
     regions = [a for tag, a in page.elements if a.get("class") == "scroll"]
     assert all(a["tabindex"] == "0" and a["aria-label"] for a in regions)
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance, WCAG 2.2."""
+    channels = [int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+@pytest.mark.parametrize("palette", [report_style._LIGHT, report_style._DARK])
+def test_letters_stand_out_from_their_ground(palette: str) -> None:
+    """At least 4.5 to 1, WCAG 2.2, criterion 1.4.3."""
+    colours = dict(re.findall(r"--([a-z-]+):(#[0-9a-f]{6})", palette))
+    on_sheet = ("ink", "soft", "accent", "study", "pooled", "local", "promise")
+    pairs = [(name, "sheet") for name in on_sheet] + [("warn", "warn-wash"), ("stop", "stop-wash")]
+    for letters, ground in pairs:
+        dark, light = sorted((luminance(colours[letters]), luminance(colours[ground])))
+        assert (light + 0.05) / (dark + 0.05) >= 4.5, (letters, ground)
 
 
 def test_every_round_is_in_the_table_of_numbers() -> None:
