@@ -1,0 +1,217 @@
+"""Models: one logit a record, one starting point on every machine, faulty parts refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from training_cases import make_plan
+
+import shared.models
+from shared.errors import ConfigError
+from shared.models import (
+    build_model,
+    check_model,
+    initial_parameters,
+    input_shape,
+    load_parameters,
+    parameter_spec,
+    read_parameters,
+)
+from shared.models.image import ResNet18, group_norm
+from shared.plan import FeaturePlan, StudyPlan, TaskPlan
+
+PLANS = {
+    "logistic": make_plan(),
+    "mlp": make_plan("mlp", model={"hidden": [7, 3]}),
+    "cnn": make_plan("cnn", image=24, model={"width": 6}),
+    "resnet18": make_plan("resnet18", image=24, model={"width": 8}),
+    "resnet18-large": make_plan("resnet18", image=72, model={"width": 4}),
+}
+plans = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+
+
+def inputs_of(plan: StudyPlan, records: int) -> torch.Tensor:
+    return torch.rand((records, *input_shape(plan)), generator=torch.Generator().manual_seed(1))
+
+
+@plans
+def test_a_logit_a_record_that_depends_on_that_record_alone(plan: StudyPlan) -> None:
+    model, inputs = build_model(plan), inputs_of(plan, 5)
+    with torch.no_grad():
+        together = model(inputs)
+        assert together.shape == (5,)
+        alone = torch.cat([model(inputs[i : i + 1]) for i in range(5)])
+        changed = inputs.clone()
+        changed[0] = -50.0
+        torch.testing.assert_close(model(changed)[1:], together[1:])
+    torch.testing.assert_close(alone, together, rtol=1e-4, atol=1e-5)
+    assert len(set(together.tolist())) == 5
+
+
+@plans
+def test_parameters_go_round_through_the_flat_vector(plan: StudyPlan) -> None:
+    model = build_model(plan)
+    spec = parameter_spec(model)
+    vector = np.arange(spec.length, dtype=np.float32)
+    load_parameters(model, vector)
+    assert np.array_equal(read_parameters(model), vector)
+    named = {n: p.detach().numpy() for n, p in model.named_parameters()}
+    assert np.array_equal(spec.flatten(named), vector)
+    assert all(np.array_equal(a, named[n]) for n, a in spec.unflatten(vector).items())
+
+
+def test_a_loaded_vector_is_copied() -> None:
+    model = build_model(PLANS["logistic"])
+    vector = initial_parameters(PLANS["logistic"])
+    vector.setflags(write=False)
+    load_parameters(model, vector)
+    with torch.no_grad():
+        next(model.parameters()).add_(1)
+    assert np.array_equal(vector, initial_parameters(PLANS["logistic"]))
+
+
+@pytest.mark.parametrize(
+    "vector", [np.zeros(5, np.float32), np.zeros(7, np.float32), np.zeros(6, np.float64)]
+)
+def test_a_vector_that_does_not_fit_is_refused(vector: np.ndarray) -> None:
+    with pytest.raises(ConfigError, match=r"float32 of shape \(6,\)"):
+        load_parameters(build_model(PLANS["logistic"]), vector)
+
+
+@plans
+def test_the_start_is_uniform_within_the_fan_in(plan: StudyPlan) -> None:
+    model = build_model(plan)
+    for part in model.modules():
+        if isinstance(part, nn.GroupNorm):
+            assert torch.equal(part.weight, torch.ones_like(part.weight))
+            assert torch.equal(part.bias, torch.zeros_like(part.bias))
+        elif isinstance(part, nn.Linear | nn.Conv2d):
+            bound = 1 / math.sqrt(part.weight[0].numel())
+            values = torch.cat([p.detach().flatten() for p in part.parameters()])
+            assert values.abs().max() <= bound
+            if len(values) > 200:
+                assert values.abs().max() > 0.9 * bound
+                assert abs(values.var().item() - bound**2 / 3) < 0.1 * bound**2
+
+
+# Of the bytes of float32, little-endian. Every machine must get these, or sites start apart.
+STARTS = {
+    "logistic": "7e0e8789886474d4",
+    "mlp": "ed489aa9f7bbae0e",
+    "resnet18": "30a4b11a81deed21",
+}
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_the_start_is_the_same_on_every_machine(name: str) -> None:
+    vector = initial_parameters(PLANS[name])
+    assert hashlib.sha256(vector.astype("<f4").tobytes()).hexdigest()[:16] == STARTS[name]
+
+
+def test_the_start_depends_on_the_plan_seed_and_on_no_torch_seed() -> None:
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = initial_parameters(make_plan("mlp"))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert np.array_equal(initial_parameters(make_plan("mlp")), first)
+    other = initial_parameters(make_plan("mlp", model={"init_seed": 1}))
+    assert not np.array_equal(other, first)
+
+
+def test_resnet18_has_the_published_size() -> None:
+    with torch.device("meta"):
+        model = ResNet18(3, 64, small_stem=False)
+    # He et al. 2016, with 1,000 classes: 11,689,512, of which the head is 513,000; here 513.
+    assert sum(p.numel() for p in model.parameters()) == 11_689_512 - 513_000 + 513
+
+
+@given(st.integers(1, 600))
+def test_group_norm_divides_any_width(channels: int) -> None:
+    norm = group_norm(channels)
+    assert channels % norm.num_groups == 0
+    assert norm.num_groups <= max(1, min(32, channels // 4))
+
+
+def test_input_width_counts_encoded_columns() -> None:
+    number = FeaturePlan("a", minimum=0.0, maximum=1.0, missing="indicator")
+    category = FeaturePlan("b", type="category", categories=("x", "y", "z"))
+    for encoding, width in (("one-hot", 5), ("drop-first", 4)):
+        task = TaskPlan("label", features=(number, category), encoding=encoding)  # type: ignore[arg-type]
+        assert shared.models.feature_width(task) == width
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (make_plan("alexnet"), "unknown model 'alexnet'.*cnn, logistic, mlp, resnet18"),
+        (make_plan("cnn"), "needs an image"),
+        (make_plan("resnet18"), "needs an image"),
+        (make_plan("mlp", image=16), "needs a table"),
+        (make_plan("logistic", image=16), "needs a table"),
+        (make_plan("logistic", model={"hidden": [3]}), "no hidden layers"),
+        (make_plan("cnn", image=16, model={"hidden": [3]}), "use width"),
+    ],
+)
+def test_a_model_that_does_not_fit_the_task_is_refused(plan: StudyPlan, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(plan)
+
+
+class WithBuffer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("seen", torch.zeros(1))
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.second.weight = self.first.weight
+
+
+def frozen(module: nn.Module) -> nn.Module:
+    for p in module.parameters():
+        p.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), "1 is a BatchNorm1d.*Use GroupNorm"),
+        (nn.Sequential(nn.Linear(2, 2), frozen(nn.BatchNorm1d(2))), "BatchNorm1d.*frozen"),
+        (nn.BatchNorm2d(2, track_running_stats=False), "mixes the records"),
+        (nn.SyncBatchNorm(2), "SyncBatchNorm"),
+        (nn.InstanceNorm1d(2, affine=True, track_running_stats=True), "InstanceNorm1d"),
+        (WithBuffer(), "buffer, seen"),
+        (Tied(), "second.weight and first.weight are tied"),
+        (frozen(nn.Linear(2, 1)), "weight is frozen"),
+        (nn.Linear(2, 1).double(), "float64"),
+    ],
+)
+def test_faulty_parts_are_refused_by_name(module: nn.Module, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_model(module)
+    with pytest.raises(ConfigError, match=message):
+        parameter_spec(module)
+
+
+def test_a_registered_model_is_checked_and_needs_known_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(shared.models.BUILDERS, "bad", lambda _: nn.BatchNorm1d(5))
+    with pytest.raises(ConfigError, match="BatchNorm1d"):
+        build_model(make_plan("bad"))
+    monkeypatch.setitem(shared.models.BUILDERS, "odd", lambda _: nn.PReLU())
+    with pytest.raises(ConfigError, match=r"\.weight is a parameter of a PReLU"):
+        build_model(make_plan("odd"))
