@@ -134,10 +134,9 @@ def line_chart(
         drawn.append(element("line", x1=x1, x2=x2, y1=y, y2=y, class_=f"level {level.style}"))
     drawn += [_curve(frame, line) for line in lines if line.points]
     if labels:
-        ends = [(frame.place(*line.points[-1])[1], line) for line in lines if line.points]
-        tags = [(y, line.name, line.style) for y, line in ends]
-        tags += [(frame.place(0, v.value)[1], v.name, v.style) for v in levels]
-        drawn.append(_edge_labels(frame, tags))
+        ends = [(line.points[-1][1], line.name, line.style) for line in lines if line.points]
+        ends += [(level.value, level.name, level.style) for level in levels]
+        drawn.append(_edge_labels(frame, [(frame.place(0, y)[1], n, s) for y, n, s in ends]))
     return svg(alt, width, height, drawn)
 
 

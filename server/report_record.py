@@ -81,11 +81,15 @@ def _volumes(results: Results) -> Html:
         largest = number(results, "wire", "largest_message")
         more = "" if largest is None else f", the largest {facts.size(largest)}"
         pairs.append(("Messages", facts.whole(messages) + more))
+    return fact_list(pairs + _vector(results))
+
+
+def _vector(results: Results) -> list[tuple[str, Child]]:
     coordinates, bits = (number(results, "secure_sum", k) for k in ("coordinates", "bits"))
-    if coordinates is not None and bits is not None:
-        what = "numbers: the parameters, and the counts that are summed with them"
-        pairs.append(("A masked vector", f"{facts.whole(coordinates)} {bits:.0f}-bit {what}"))
-    return fact_list(pairs)
+    if coordinates is None or bits is None:
+        return []
+    what = "numbers: the parameters, and the counts that are summed with them"
+    return [("A masked vector", f"{facts.whole(coordinates)} {bits:.0f}-bit {what}")]
 
 
 def _phases(results: Results) -> Html | None:

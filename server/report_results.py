@@ -211,6 +211,17 @@ def _alone(results: Results, metric: str) -> Html | None:
             f"privacy, has a better {name} than the model of this study."
         )
         return join([title, paragraph(said)])
+    said = (
+        f"Yes: for {facts.plural(len(better), 'hospital')} "
+        f"({facts.listing([b.site for b in better])}) a model trained alone, without any privacy, "
+        f"has a better {name} on the hospital's own test patients. Few test patients make such a "
+        "difference uncertain; where it is real, the hospital gains from the study only if it "
+        "wants the privacy, or a model for patients unlike its own."
+    )
+    return join([title, paragraph(said), _folded(_better_table(better, name), len(better))])
+
+
+def _better_table(better: list[facts.BetterAlone], name: str) -> Html:
     rows = [
         Row(
             (
@@ -230,15 +241,7 @@ def _alone(results: Results, metric: str) -> Html | None:
         Column(f"{name}, this study"),
         Column("difference"),
     ]
-    said = (
-        f"Yes: for {facts.plural(len(better), 'hospital')} "
-        f"({facts.listing([b.site for b in better])}) a model trained alone, without any privacy, "
-        f"has a better {name} on the hospital's own test patients. Few test patients make such a "
-        "difference uncertain; where it is real, the hospital gains from the study only if it "
-        "wants the privacy, or a model for patients unlike its own."
-    )
-    shown = table("Hospitals that do better alone", columns, rows)
-    return join([title, paragraph(said), _folded(shown, len(rows))])
+    return table("Hospitals that do better alone", columns, rows)
 
 
 @dataclass(frozen=True)
