@@ -18,9 +18,17 @@ from __future__ import annotations
 import os
 from collections.abc import MutableMapping
 
-from client import secagg_epoch, secagg_recheck, secagg_round, secagg_setup
+from client import (
+    secagg_batches,
+    secagg_end,
+    secagg_epoch,
+    secagg_recheck,
+    secagg_round,
+    secagg_setup,
+)
+from client.secagg_end import Outcome
 from client.secagg_epoch import check_vouchers
-from client.secagg_round import Outcome, RoundTicket
+from client.secagg_round import RoundTicket
 from client.secagg_state import PROGRESS, SESSION, Progress, Site
 from shared.errors import ConfigError, ProtocolError
 from shared.identity import Identity
@@ -82,7 +90,7 @@ class Member:
 
     def refill(self, request: bytes) -> bytes:
         """One step of a refill outside a round; within rounds it rides with R0 and R1."""
-        return secagg_setup.refill(self._checked(), request)
+        return secagg_batches.refill(self._checked(), request)
 
     def open_round(self, r0: bytes, *, model_hash: bytes) -> RoundTicket:
         """R0: a ticket for this round, or one with the cached reply if it was answered before.
@@ -133,7 +141,7 @@ class Member:
                 or this site's own signature that its state does not know (restored from an older
                 copy): then it refuses everything until a new epoch.
         """
-        return secagg_round.accept_result(self._checked(), result)
+        return secagg_end.accept_result(self._checked(), result)
 
     def check_chunks(self, package: bytes) -> bytes:
         """Recompute chunks of the last published sum, and sign that they held.

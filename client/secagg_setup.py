@@ -1,57 +1,27 @@
-"""Set-up S1 to S5, and the refill of prekeys, on the member's side. PROTOCOL.md, section 5."""
+"""Set-up S1 to S5 on the member's side. PROTOCOL.md, section 5."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-from collections.abc import Sequence
-
-import numpy as np
-
+from client.secagg_batches import activate_batch, confirm_batch, deal_batch
+from client.secagg_deals import read_deliveries, sign_deal
 from client.secagg_state import (
     CHAINS,
-    CONFIRMED_BATCH,
     EPHEMERAL,
-    OWN_BATCH,
-    PROGRESS,
     PUBLICS,
     Chains,
-    ConfirmedBatch,
-    OwnBatch,
     PeerKeys,
-    Prekey,
-    Progress,
-    Replay,
     Site,
     blaming,
-    prekey_place,
 )
 from shared.errors import ProtocolError
-from shared.identity import verify
-from shared.messages import decode, encode, kind_of
-from shared.secagg import keys, shamir, transcript
+from shared.secagg import keys, transcript
 from shared.secagg.encoding import encode as context
 from shared.secagg.messages import (
-    MAX_REASON_BYTES,
     S1,
     S2,
     S3,
     S4,
-    Activation,
-    Complaint,
-    Confirmed,
-    DealRequest,
-    Dealt,
-    Delivered,
-    Deliveries,
-    RefillStep,
-    Shares,
 )
-from shared.secagg.shamir import Bytes
-
-MAX_SKIPPED_BATCHES = 1000
-
-_Place = tuple[int, int]  # batch, first round
 
 
 def advertise(site: Site) -> bytes:
@@ -64,7 +34,7 @@ def advertise(site: Site) -> bytes:
     ephemeral = keys.EphemeralKeys.generate(site.random)
     site.store[EPHEMERAL] = ephemeral.to_bytes()
     place = (0, site.session.first_round)
-    return site.answer("S1", b"", _deal(site, S1, place, ephemeral.public, ()))
+    return site.answer("S1", b"", sign_deal(site, S1, place, ephemeral.public, ()))
 
 
 def encapsulate(site: Site, s1: bytes) -> bytes:
@@ -72,14 +42,14 @@ def encapsulate(site: Site, s1: bytes) -> bytes:
     known = site.replayed("S2", s1)
     if known is not None:
         return known
-    items, digests = _read_deliveries(site, s1, S1, site.session.names)
+    items, digests = read_deliveries(site, s1, S1, site.session.names)
     publics = {item.sender: item.common for item in items}
     secrets, ciphertexts = {}, {}
     for peer in site.session.names:
         if peer > site.name:
             ciphertexts[peer], secrets[peer] = blaming(peer, keys.encapsulate, publics[peer])
     parts = [ciphertexts.get(peer, b"") for peer in site.session.names]
-    reply = _deal(site, S2, (0, site.session.first_round), b"", parts)
+    reply = sign_deal(site, S2, (0, site.session.first_round), b"", parts)
     site.save(PUBLICS, PeerKeys(publics, digests, secrets, ciphertexts))
     return site.answer("S2", s1, reply)
 
@@ -89,7 +59,7 @@ def prekeys(site: Site, s2: bytes) -> bytes:
     known = site.replayed("S3", s2)
     if known is not None:
         return known
-    items, digests = _read_deliveries(site, s2, S2, site.session.names)
+    items, digests = read_deliveries(site, s2, S2, site.session.names)
     peers = site.need(PeerKeys, PUBLICS, "S2 comes before S3")
     ephemeral = keys.EphemeralKeys(site.store[EPHEMERAL])
     states = {
@@ -103,52 +73,6 @@ def prekeys(site: Site, s2: bytes) -> bytes:
     return site.answer("S3", s2, deal_batch(site, 0, site.session.first_round))
 
 
-def deal_batch(site: Site, batch: int, first_round: int) -> bytes:
-    """Deal self-mask and recovery keys for B rounds: shares to all, commitments, wrapped keys."""
-    session = site.session
-    rounds, partners = session.prekey_rounds, session.partners[site.name]
-    mask_keys, share_keys = _step_chains(site, batch)
-    partner_keys = {peer: transcript.round_keys(mask_keys[peer], rounds) for peer in partners}
-    secrets = np.frombuffer(site.random(64 * rounds), np.uint8).reshape(rounds, 64)
-    shares = shamir.split(secrets, session.threshold, len(session.roster), site.random)
-    slots = transcript.slots(session, batch, first_round)
-    commitments, wrapped = [], []
-    for place, at in enumerate(slots):
-        self_key, recovery_key = _halves(secrets[place].tobytes())
-        row = b"".join(partner_keys[peer][32 * place : 32 * place + 32] for peer in partners)
-        wrapped.append(transcript.wrap_keys(recovery_key, row))
-        commitments += [
-            transcript.self_commitment(at, site.name, self_key),
-            transcript.recovery_commitment(at, site.name, recovery_key, wrapped[-1]),
-        ]
-    common = b"".join(commitments)
-    parts = []
-    for holder, held in zip(session.names, shares, strict=True):
-        sealed = checks = b""
-        if holder != site.name:
-            key = transcript.sealing_key(share_keys[holder], site.name, holder)
-            where = transcript.sealing_context(session, batch, first_round, site.name, holder)
-            sealed = keys.seal(key, held.tobytes(), nonce_context=where)
-            checks = _checks(partner_keys.get(holder, b""))
-        parts.append(encode(Shares(sealed, _tags(slots, site.name, holder, held), checks)))
-    message = _deal(site, S3, (batch, first_round), common, [*parts, b"".join(wrapped)])
-    own = OwnBatch(
-        batch=batch,
-        first_round=first_round,
-        deal=_digest_of(site, decode(Dealt, message)),
-        self_keys=secrets[:, :32].tobytes(),
-        own_shares=shares[session.index[site.name]].tobytes(),
-        commitments=common,
-        partner_keys=partner_keys,
-        opening_keys={
-            peer: transcript.sealing_key(share_keys[peer], peer, site.name) for peer in share_keys
-        },
-    )
-    site.save(OWN_BATCH, own)
-    site.drop(CONFIRMED_BATCH)
-    return message
-
-
 def confirm(site: Site, s3: bytes) -> bytes:
     """S4: check every dealer's commitments and shares (S4.1 to S4.4), sign the transcript."""
     known = site.replayed("S4", s3)
@@ -157,185 +81,12 @@ def confirm(site: Site, s3: bytes) -> bytes:
     return site.answer("S4", s3, confirm_batch(site, s3, site.session.names))
 
 
-def confirm_batch(site: Site, s3: bytes, members: tuple[str, ...] | None) -> bytes:
-    """Sign a batch; `members` None stands for any set of at least t sites (refill)."""
-    session = site.session
-    own = site.need(OwnBatch, OWN_BATCH, "a batch is dealt before it is confirmed")
-    if members is None:
-        members = _members_of(site, s3)
-    items, digests = _read_deliveries(site, s3, S3, members, own)
-    rounds = session.prekey_rounds
-    shares = np.empty((rounds, len(members), 64), np.uint8)
-    commitments = np.empty((rounds, len(members), 64), np.uint8)
-    for place, item in enumerate(items):
-        if len(item.common) != 64 * rounds:
-            raise ProtocolError(f"{item.sender}: commitments have {len(item.common)} bytes")
-        commitments[:, place] = np.frombuffer(item.common, np.uint8).reshape(rounds, 64)
-        shares[:, place] = _open_shares(site, own, item)
-    setup = site.need(Chains, CHAINS, "set-up was not completed").setup
-    signed = transcript.batch_transcript(setup, own.batch, own.first_round, members, digests)
-    confirmed = ConfirmedBatch(
-        batch=own.batch,
-        first_round=own.first_round,
-        members=members,
-        transcript=signed,
-        self_keys=own.self_keys,
-        partner_keys={peer: own.partner_keys[peer] for peer in own.partner_keys if peer in members},
-        shares=shares.tobytes(),
-        commitments=commitments.tobytes(),
-    )
-    site.save(CONFIRMED_BATCH, confirmed)
-    site.drop(OWN_BATCH)
-    signature = site.identity.sign(transcript.CONFIRM, signed)
-    return encode(Confirmed(own.batch, site.name, signature))
-
-
 def activate(site: Site, s4: bytes) -> None:
     """S5: check that all members signed the same transcript; only then are the prekeys usable."""
     if site.replayed("S5", s4) is None:
         activate_batch(site, s4)
         site.answer("S5", s4, b"")
         site.drop(*(f"replay/S{step}" for step in (S1, S2, S3, S4)))
-
-
-def activate_batch(site: Site, s4: bytes) -> None:
-    """Make a confirmed batch usable, one record a round."""
-    activation = decode(Activation, s4)
-    batch = site.need(ConfirmedBatch, CONFIRMED_BATCH, "a batch is confirmed before it is used")
-    if activation.batch != batch.batch or tuple(sorted(activation.signatures)) != batch.members:
-        raise ProtocolError("the activation is not by the very members of the confirmed batch")
-    for name, signature in activation.signatures.items():
-        public = site.session.public[name]
-        verify(public, transcript.CONFIRM, batch.transcript, signature, who=name)
-    width = 64 * len(batch.members)
-    for place in range(site.session.prekey_rounds):
-        row = slice(width * place, width * place + width)
-        cell = slice(32 * place, 32 * place + 32)
-        prekey = Prekey(
-            batch=batch.batch,
-            transcript=batch.transcript,
-            members=batch.members,
-            self_key=batch.self_keys[cell],
-            partner_keys={peer: row_keys[cell] for peer, row_keys in batch.partner_keys.items()},
-            shares=batch.shares[row],
-            commitments=batch.commitments[row],
-        )
-        site.save(prekey_place(batch.first_round + place), prekey)
-    progress = site.need(Progress, PROGRESS, "the store is damaged")
-    if not progress.active:
-        start = transcript.first_transcript(site.session, batch.transcript)
-        progress = dataclasses.replace(progress, active=True, transcript=start)
-    uncovered = batch.first_round + site.session.prekey_rounds
-    site.save(PROGRESS, dataclasses.replace(progress, uncovered_from=uncovered))
-    site.drop(CONFIRMED_BATCH)
-
-
-def refill(site: Site, request: bytes) -> bytes:
-    """Steps of a refill, S3 to S5 again; a failure is told to the server as a `Complaint`.
-
-    The round that they ride with goes on: a complaint spoils the new batch alone. The same
-    request again gets the same answer, since prekeys are dealt once.
-    """
-    if not request:
-        return b""
-    known = site.find(Replay, "replay/refill")
-    if known is not None and known.request == hashlib.sha256(request).digest():
-        return known.reply
-    items = decode(RefillStep, request).items
-    reply = encode(RefillStep(tuple(_refill_item(site, item) for item in items)))
-    return site.answer("refill", request, reply)
-
-
-def _refill_item(site: Site, item: bytes) -> bytes:
-    try:
-        kind = kind_of(item)
-        if kind is DealRequest:
-            return _deal_on_request(site, decode(DealRequest, item))
-        if kind is Deliveries:
-            return confirm_batch(site, item, None)
-        if kind is Activation:
-            activate_batch(site, item)
-            return b""
-        raise ProtocolError(f"{kind.__name__} is no step of a refill")
-    except ProtocolError as error:
-        own = site.find(OwnBatch, OWN_BATCH)
-        reason = "".join(c for c in str(error) if c.isascii() and c.isprintable())
-        return encode(Complaint(own.batch if own else 0, site.name, reason[:MAX_REASON_BYTES]))
-
-
-def _deal_on_request(site: Site, request: DealRequest) -> bytes:
-    progress = site.need(Progress, PROGRESS, "the store is damaged")
-    if request.first_round < max(progress.uncovered_from, progress.next_round):
-        raise ProtocolError(f"round {request.first_round} is covered by prekeys or over")
-    if request.first_round + site.session.prekey_rounds >= 2**32:
-        raise ProtocolError(f"round {request.first_round} is beyond what a round number holds")
-    return deal_batch(site, request.batch, request.first_round)
-
-
-def _deal(site: Site, step: int, place: _Place, common: bytes, parts: Sequence[bytes]) -> bytes:
-    batch, first_round = place
-    head = transcript.deal_head(site.session, step, batch, first_round)
-    hashes = [transcript.part_hash(part) for part in parts]
-    signed = transcript.deal_digest(head, site.name, common, hashes)
-    signature = site.identity.sign(transcript.DEAL, signed)
-    return encode(Dealt(step, batch, first_round, site.name, common, tuple(parts), signature))
-
-
-def _digest_of(site: Site, deal: Dealt) -> bytes:
-    head = transcript.deal_head(site.session, deal.step, deal.batch, deal.first_round)
-    hashes = [transcript.part_hash(part) for part in deal.parts]
-    return transcript.deal_digest(head, deal.sender, deal.common, hashes)
-
-
-def _members_of(site: Site, s3: bytes) -> tuple[str, ...]:
-    members = tuple(item.sender for item in decode(Deliveries, s3).items)
-    known = set(members) <= set(site.session.names) and site.name in members
-    if list(members) != sorted(set(members)) or not known:
-        raise ProtocolError("the members of a batch must be sites of the roster, this one included")
-    if len(members) < site.session.threshold:
-        raise ProtocolError(f"{len(members)} members of a batch are fewer than the threshold")
-    return members
-
-
-def _read_deliveries(
-    site: Site,
-    data: bytes,
-    step: int,
-    members: tuple[str, ...],
-    own: OwnBatch | None = None,
-) -> tuple[tuple[Delivered, ...], tuple[bytes, ...]]:
-    """Check form and signatures of everyone's deal; returns the deals and their digests."""
-    session = site.session
-    batch, first_round = (own.batch, own.first_round) if own else (0, session.first_round)
-    deliveries = decode(Deliveries, data)
-    if (deliveries.step, deliveries.batch, deliveries.first_round) != (step, batch, first_round):
-        raise ProtocolError(f"deliveries of S{step} for batch {batch} were expected, others came")
-    if tuple(item.sender for item in deliveries.items) != members:
-        raise ProtocolError("the roster was changed: the deals are not by the very sites it names")
-    head = transcript.deal_head(session, step, batch, first_round)
-    count = {S1: 0, S2: len(session.roster), S3: len(session.roster) + 1}[step]
-    digests = []
-    for item in deliveries.items:
-        hashes = item.part_hashes
-        if len(hashes) != count:
-            raise ProtocolError(f"{item.sender}: {len(hashes)} parts were dealt, not {count}")
-        if count and transcript.part_hash(item.part) != hashes[session.index[site.name]]:
-            raise ProtocolError(f"{item.sender}: the part for {site.name} was altered")
-        digest = transcript.deal_digest(head, item.sender, item.common, hashes)
-        verify(
-            session.public[item.sender], transcript.DEAL, digest, item.signature, who=item.sender
-        )
-        if item.sender == site.name and digest != _own_deal(site, step, own):
-            raise ProtocolError(f"the deal returned as {site.name}'s own is not the one it made")
-        digests.append(digest)
-    return deliveries.items, tuple(digests)
-
-
-def _own_deal(site: Site, step: int, own: OwnBatch | None) -> bytes:
-    if own is not None:
-        return own.deal
-    known = site.need(Replay, f"replay/S{step}", f"it has not dealt S{step} yet")
-    return _digest_of(site, decode(Dealt, known.reply))
 
 
 def _pair_chains(
@@ -358,67 +109,3 @@ def _pair_chains(
         ciphertexts=[ciphertext],
     )
     return keys.hkdf(key, info=context("mask chain")) + keys.hkdf(key, info=context("share chain"))
-
-
-def _step_chains(site: Site, batch: int) -> tuple[dict[str, bytes], dict[str, bytes]]:
-    """This batch's key of every mask chain and share chain; earlier batches' keys are lost."""
-    chains = site.need(Chains, CHAINS, "set-up was not completed")
-    skipped = batch - chains.next_batch
-    if not 0 <= skipped <= MAX_SKIPPED_BATCHES:
-        raise ProtocolError(f"batch {batch} is used up or too far ahead of {chains.next_batch}")
-    mask_keys, share_keys, states = {}, {}, {}
-    for peer, state in chains.states.items():
-        drawn = []
-        for half in _halves(state):
-            ratchet = keys.Ratchet(half)
-            for _ in range(skipped):
-                ratchet.next_key()
-            drawn.append((ratchet.next_key(), ratchet.state))
-        (mask_keys[peer], mask_state), (share_keys[peer], share_state) = drawn
-        states[peer] = mask_state + share_state
-    site.save(CHAINS, Chains(chains.setup, batch + 1, states))
-    return mask_keys, share_keys
-
-
-def _open_shares(site: Site, own: OwnBatch, item: Delivered) -> Bytes:
-    """S4.2 to S4.4: unseal one dealer's shares, check them against tags and check values."""
-    session, dealer = site.session, item.sender
-    part = blaming(dealer, decode, Shares, item.part)
-    if dealer == site.name:
-        raw = own.own_shares
-    else:
-        where = transcript.sealing_context(session, own.batch, own.first_round, dealer, site.name)
-        raw = blaming(dealer, _unseal, own.opening_keys[dealer], part.sealed, where)
-    if len(raw) != 64 * session.prekey_rounds:
-        raise ProtocolError(f"{dealer}: shares have {len(raw)} bytes")
-    shares = np.frombuffer(raw, np.uint8).reshape(session.prekey_rounds, 64)
-    slots = transcript.slots(session, own.batch, own.first_round)
-    if part.tags != _tags(slots, dealer, site.name, shares):
-        raise ProtocolError(f"{dealer} dealt {site.name} a share that does not match its tag")
-    expected = _checks(own.partner_keys.get(dealer, b""))
-    if dealer != site.name and part.checks != expected:
-        raise ProtocolError(f"{dealer} and {site.name} do not hold the same mask keys")
-    return shares
-
-
-def _tags(slots: Sequence[bytes], dealer: str, holder: str, shares: Bytes) -> bytes:
-    tags = []
-    for at, row in zip(slots, shares, strict=True):
-        self_share, recovery_share = _halves(row.tobytes())
-        tags.append(transcript.share_tag(at, dealer, holder, transcript.SELF, self_share))
-        tags.append(transcript.share_tag(at, dealer, holder, transcript.RECOVERY, recovery_share))
-    return b"".join(tags)
-
-
-def _checks(round_keys: bytes) -> bytes:
-    return b"".join(
-        transcript.check_value(round_keys[at : at + 32]) for at in range(0, len(round_keys), 32)
-    )
-
-
-def _unseal(key: bytes, sealed: bytes, where: bytes) -> bytes:
-    return keys.unseal(key, sealed, nonce_context=where)
-
-
-def _halves(both: bytes) -> tuple[bytes, bytes]:
-    return both[: len(both) // 2], both[len(both) // 2 :]
