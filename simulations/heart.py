@@ -47,7 +47,7 @@ def check_folder(folder: str) -> Path:
         f"source 'heart' needs a folder with the UCI heart-disease files {', '.join(files)}; "
         f"{folder or 'no folder'} was given, and {', '.join(absent)} are not there. Fetch "
         "them from https://archive.ics.uci.edu/dataset/45 and give the folder with "
-        "--folder PATH or --set simulation.folder=PATH.",
+        "--data FOLDER or --set simulation.folder=PATH.",
     )
     return Path(folder)
 

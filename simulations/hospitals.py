@@ -191,7 +191,7 @@ def _folder(simulation: SimulationConfig, expected: str) -> Path:
         bool(simulation.folder) and Path(simulation.folder).is_dir(),
         f"source {simulation.source!r} needs {expected}; "
         f"{simulation.folder or 'no folder'} was given. "
-        "Give it with --folder PATH or --set simulation.folder=PATH.",
+        "Give it with --data FOLDER or --set simulation.folder=PATH.",
     )
     return Path(simulation.folder)
 

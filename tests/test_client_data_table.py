@@ -63,6 +63,12 @@ def test_a_table_is_read_by_its_mapping(tmp_path: Path) -> None:
     assert reading.notes.rows == 3
 
 
+def test_a_missing_code_is_found_in_any_spelling(tmp_path: Path) -> None:
+    text = HEADER + "a,50,w,-9.0,1\nb,60,m,-9,0\n"
+    inputs = read_table(written(tmp_path, text), MAPPING, TASK).data.inputs
+    assert inputs[:, -1].tolist() == [1, 1]
+
+
 def test_parquet_reads_as_csv_does(tmp_path: Path) -> None:
     table = {
         "outcome": [1.0, 0.0, 1.0],
@@ -115,7 +121,7 @@ def test_a_missing_patient_column(tmp_path: Path) -> None:
 
 
 def test_text_in_a_numeric_column(tmp_path: Path) -> None:
-    for text in ("SECRET", "12,5 SECRET", "1_0", "inf", "1e999"):
+    for text in ("SECRET", "12,5 SECRET", "1_0", "inf", "1e999", "NAN"):
         bad = HEADER + f'P-771,50,w,1,1\nP-442,"{text}",m,1,0\n'
         message = refused(tmp_path, bad)
         assert "column 'Alter' must hold numbers" in message

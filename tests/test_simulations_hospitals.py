@@ -187,9 +187,9 @@ def test_a_missing_folder_says_what_to_fetch(tmp_path: Path) -> None:
             loaded(load_scenario("heart", [f"simulation.folder={folder}"] if folder else []))
         message = str(caught.value)
         assert "processed.cleveland.data" in message
-        assert "--folder PATH" in message
+        assert "--data FOLDER" in message
         assert "\n" not in message
-    with pytest.raises(ConfigError, match=r"MedMNIST file.*--folder PATH"):
+    with pytest.raises(ConfigError, match=r"MedMNIST file.*--data FOLDER"):
         loaded(load_scenario("breastmnist"))
 
 

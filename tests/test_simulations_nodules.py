@@ -82,8 +82,7 @@ def test_pixels_alone_do_not_tell_but_a_small_cnn_does() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
         linear = [
-            LogisticRegression(C=c, max_iter=100).fit(x.reshape(len(x), -1), y)
-            for c in (1e-4, 1e-3, 1e-2)
+            LogisticRegression(C=c, max_iter=50).fit(x.reshape(len(x), -1), y) for c in (1e-4, 1e-2)
         ]
     flat = x_test.reshape(len(x_test), -1)
     assert max(roc_auc_score(y_test, m.decision_function(flat)) for m in linear) < 0.75

@@ -200,7 +200,7 @@ def read_labels(
     Raises:
         ConfigError: more than one other text, so that the negative class is ambiguous.
     """
-    plan_texts = _translate(path, texts, column, mapping.of(task.label), mapping.missing)
+    plan_texts = _translate(texts, mapping.of(task.label), mapping.missing)
     present = [_plain(t) for t in plan_texts if t is not None]
     negatives = set(present) - {_plain(task.positive)}
     require(
@@ -237,46 +237,42 @@ def _read_feature(
 ) -> NDArray[np.float64] | NDArray[np.int64]:
     column = mapping.of(feature.name)
     source = column.column or feature.name
-    translated = _translate(path, texts, source, column, mapping.missing)
+    translated = _translate(texts, column, mapping.missing)
     if feature.type == "number":
         return _numbers(path, translated, source, feature)
     return _codes(path, translated, source, feature)
 
 
-def _translate(
-    path: Path, texts: Texts, source: str, column: ColumnMapping, missing: tuple[str, ...]
-) -> list[str | None]:
-    pairs = {pair[0]: pair[1] for pair in column.values}
-    absent = set(missing) | set(column.missing)
-    return [
-        pairs[t]
-        if t in pairs
-        else None
-        if t in absent or _plain(t) in absent
-        else pairs.get(_plain(t), t)
-        for t in texts
-    ]
+def _translate(texts: Texts, column: ColumnMapping, missing: tuple[str, ...]) -> list[str | None]:
+    """Each text in the plan's words, or None where it means "missing"."""
+    pairs: dict[str, str | None] = dict.fromkeys((*missing, *column.missing))
+    pairs |= {pair[0]: pair[1] for pair in column.values}
+    if not any(_plain(text).lstrip("-").isdigit() for text in pairs):
+        return [pairs.get(text, text) for text in texts]
+    return [pairs[t] if t in pairs else pairs.get(_plain(t), t) for t in texts]
 
 
 def _numbers(
     path: Path, texts: Sequence[str | None], source: str, feature: FeaturePlan
 ) -> NDArray[np.float64]:
-    values = np.full(len(texts), np.nan)
-    for row, text in enumerate(texts):
-        if text is None:
-            continue
-        try:
-            value = math.inf if "_" in text else float(text)
-        except ValueError:
-            value = math.inf
-        if not math.isfinite(value):
-            raise ConfigError(
-                f"{path}: column {source!r} must hold numbers ({feature.name!r} in the plan), but "
-                f"data row {row + 1} has another text. Correct it (decimal point, no unit, no "
-                "thousands separator), or name that text under missing in the mapping."
-            )
-        values[row] = value
+    values = np.array([math.nan if text is None else _number(text) for text in texts])
+    odd = np.isinf(values)
+    require(
+        not odd.any(),
+        f"{path}: column {source!r} must hold numbers ({feature.name!r} in the plan), but data row "
+        f"{int(np.argmax(odd)) + 1} has another text. Correct it (decimal point, no unit, no "
+        "thousands separator), or name that text under missing in the mapping.",
+    )
     return values
+
+
+def _number(text: str) -> float:
+    """The number that a text says, infinity where it says none."""
+    try:
+        value = float(text)
+    except ValueError:
+        return math.inf
+    return math.inf if math.isnan(value) or "_" in text else value
 
 
 def _codes(
