@@ -116,7 +116,7 @@ class SiteRun:
         random = ChaChaRandom(bytes.fromhex(key)) if key else ChaChaRandom.from_system()
         return random.child(f"run {self.run_id}")
 
-    def accept(self, results: tuple[bytes, ...], rechecks: tuple[bytes, ...]) -> None:
+    def accept(self, results: tuple[bytes, ...]) -> None:
         """Take published results in order, and apply each sum once to the own model."""
         for result in results:
             outcome = self.member.accept_result(result)
@@ -128,8 +128,6 @@ class SiteRun:
             update, _ = self.layout.unpack(outcome.total, outcome.contributors)
             self.state = apply_update(self.plan.optimizer, self.state, update)
             self.store["model"] = state_to_bytes(self.state)
-        for package in rechecks:
-            self.member.check_chunks(package)
 
     def contribute(self, opening: bytes) -> bytes:
         """Train from the own model and return the masked vector (R1)."""

@@ -24,6 +24,8 @@ from shared.study import (
     Join,
     Joined,
     PhaseRequest,
+    Rechecked,
+    RecheckRequest,
     RoundRequest,
     SetupStep,
     SignedReceipt,
@@ -52,6 +54,7 @@ class Site:
             "round": self._round,
             "agree": self._agree,
             "release": self._release,
+            "recheck": self._recheck,
             "finish": self._finish,
         }
 
@@ -59,7 +62,7 @@ class Site:
         """Answer one message.
 
         Args:
-            action: join, setup, round, agree, release or finish.
+            action: join, setup, round, agree, release, recheck or finish.
             body: The message's bytes, from an untrusted server.
 
         Returns:
@@ -97,7 +100,7 @@ class Site:
         with run.transaction():
             if request.activation is not None:
                 run.member.activate(request.activation)
-            run.accept(request.results, request.rechecks)
+            run.accept(request.results)
             return run.contribute(request.opening)
 
     def _agree(self, body: bytes) -> bytes:
@@ -112,11 +115,20 @@ class Site:
         with run.transaction():
             return run.member.release(request.body)
 
+    def _recheck(self, body: bytes) -> bytes:
+        request = decode(RecheckRequest, body)
+        run = self._run(request.run_id)
+        with run.transaction():
+            run.accept(request.results)
+            answers = tuple(run.member.check_chunks(package) for package in request.packages)
+        return encode(Rechecked(attestations=answers))
+
     def _finish(self, body: bytes) -> bytes:
         request = decode(FinishRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
-            run.accept(request.results, request.rechecks)
+            run.accept(request.results)
+            run.member.settle(request.settlement)
             receipt = encode(run.receipt())
         signature = self.identity.sign("receipt", receipt)
         return encode(SignedReceipt(receipt=receipt, signature=signature))

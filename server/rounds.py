@@ -29,6 +29,8 @@ from shared.study import (
     Joined,
     PhaseRequest,
     Receipt,
+    Rechecked,
+    RecheckRequest,
     RoundRequest,
     SetupStep,
     SignedReceipt,
@@ -280,7 +282,6 @@ class Study:
             run_id=self.run_id,
             activation=site.activation,
             results=self._results_since(site.seen),
-            rechecks=self._relay.recheck_packages(name),
             opening=opening,
         )
 
@@ -309,14 +310,36 @@ class Study:
             except ProtocolError:
                 continue
 
+    def _recheck(self) -> bytes:
+        """Let the last sum be recomputed, as every other was along with the next round."""
+        requests = {
+            name: encode(
+                RecheckRequest(
+                    run_id=self.run_id,
+                    results=self._results_since(site.seen),
+                    packages=self._relay.recheck_packages(name),
+                )
+            )
+            for name, site in self._sites.items()
+        }
+        for name, reply in self.transport.exchange("recheck", requests, self._timeout_s).items():
+            try:
+                for attestation in decode(Rechecked, reply).attestations:
+                    self._relay.add_recheck(name, attestation)
+            except ProtocolError:
+                continue
+            self._sites[name].seen = self._published
+        return self._relay.settlement()
+
     def _finish(self) -> dict[str, SignedReceipt]:
-        """Give every site the last sum; collect signed receipts over one model."""
+        """Settle the last sum; collect signed receipts over one model."""
+        settlement = self._recheck()
         requests = {
             name: encode(
                 FinishRequest(
                     run_id=self.run_id,
                     results=self._results_since(site.seen),
-                    rechecks=self._relay.recheck_packages(name),
+                    settlement=settlement,
                 )
             )
             for name, site in self._sites.items()

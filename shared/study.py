@@ -2,10 +2,11 @@
 
 join      plan and run                        -> the site's set-up keys (S1)
 setup     one set-up step S2, S3, S4          -> the site's answer to it
-round     results so far, rechecks, opening   -> masked vector (R1)
+round     results so far, opening (R0)        -> masked vector (R1)
 agree     the set of contributors (R2)        -> signature, and shares if nobody dropped
 release   the signatures (R3)                 -> shares, after a dropout only
-finish    last results and rechecks           -> signed receipt
+recheck   last results, chunks to recompute   -> attestations, after the last round
+finish    all attestations                    -> signed receipt
 """
 
 from __future__ import annotations
@@ -66,12 +67,11 @@ class SetupStep:
 @message(0x5304)
 @dataclass(frozen=True, slots=True)
 class RoundRequest:
-    """R0, with everything that must come before it: S5, results and rechecks."""
+    """R0, with everything that must come before it: S5 and results."""
 
     run_id: Annotated[str, Text()]
     activation: Annotated[bytes | None, Maybe(Blob())]
     results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
-    rechecks: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
     opening: Annotated[bytes, Blob()]
 
 
@@ -84,14 +84,32 @@ class PhaseRequest:
     body: Annotated[bytes, Blob()]
 
 
-@message(0x5306)
+@message(0x530A)
 @dataclass(frozen=True, slots=True)
-class FinishRequest:
-    """The last results, so that every site ends with the same model."""
+class RecheckRequest:
+    """The last results, and the chunks of the last sum that this site recomputes."""
 
     run_id: Annotated[str, Text()]
     results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
-    rechecks: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
+    packages: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
+
+
+@message(0x530B)
+@dataclass(frozen=True, slots=True)
+class Rechecked:
+    """The site's signed attestations, one a package."""
+
+    attestations: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
+
+
+@message(0x5306)
+@dataclass(frozen=True, slots=True)
+class FinishRequest:
+    """The last results and c + 1 attestations of every chunk of the last sum."""
+
+    run_id: Annotated[str, Text()]
+    results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
+    settlement: Annotated[bytes, Blob()]
 
 
 @message(0x5307)

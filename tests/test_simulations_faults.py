@@ -13,9 +13,10 @@ from client.app import forget_sites
 from client.config import SiteConfig
 from client.site import Site, refuse_unless_allowed
 from shared.errors import CohortError, PolicyError
-from shared.messages import encode
+from shared.messages import decode, encode
 from shared.plan import StudyPlan
-from shared.study import Join
+from shared.secagg.messages import Result
+from shared.study import Join, RoundRequest
 from simulations.grid import Delivery, Direction, FaultHook
 from simulations.hospitals import load_hospitals
 from simulations.run import RunOptions, execute, prepare
@@ -196,8 +197,8 @@ def both(hooks: list[FaultHook]) -> FaultHook:
     return hook
 
 
-def test_a_false_sum_stops_every_site_that_is_told_it(study: Study) -> None:
-    """The server changes one coordinate of a published sum on its way to one site."""
+def test_a_site_that_is_told_another_sum_than_the_others_refuses_the_round(study: Study) -> None:
+    """The server changes the sum of round 1 on its way to one site, and to no other."""
     turns = 0
 
     def lie(site: str, kind: str, direction: Direction, body: bytes) -> Delivery:
@@ -207,12 +208,16 @@ def test_a_false_sum_stops_every_site_that_is_told_it(study: Study) -> None:
         turns += 1
         if turns != 2:
             return Delivery((body,))
-        changed = bytearray(body)
-        changed[len(body) // 2] ^= 1
-        return Delivery((bytes(changed),))
+        request = decode(RoundRequest, body)
+        result = decode(Result, request.results[-1])
+        total = bytearray(result.total)
+        total[0] ^= 1
+        false = encode(replace(result, total=bytes(total)))
+        return Delivery((encode(replace(request, results=(*request.results[:-1], false))),))
 
     results = study(lie)
     assert results["rounds"][1]["dropped"] == ["county"]
+    assert one_history(results)  # the true sum came later, so the site could go on
 
 
 @pytest.fixture
