@@ -20,11 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
-from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
 from torch.nn import functional
 
+from client.clipping import PatientClipper, forget_gradients, with_record_gradients
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom
 from shared.config import require
@@ -39,7 +38,6 @@ RecordLosses = Callable[[Tensor, Tensor], Tensor]
 
 GRADIENT_BYTES = 1 << 30  # per-record gradients of one physical batch, about
 MOST_RECORDS = 512
-NORM_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -107,6 +105,7 @@ class LocalTrainer:
     ) -> None:
         _check_noise(plan, noise_multiplier, measuring)
         shape = input_shape(plan)
+        require(site_name in plan.cohort.names, f"the plan knows no site {site_name!r}")
         require(
             data.inputs.shape[1:] == shape,
             f"site {site_name!r}: records have shape {data.inputs.shape[1:]}; the plan's have "
@@ -122,15 +121,16 @@ class LocalTrainer:
         self._divisor = self.public_divisor(site_name)
         self._inputs = torch.from_numpy(np.ascontiguousarray(data.inputs))
         self._labels = torch.from_numpy(data.labels.astype(np.float32))
-        most = plan.training.max_records_per_patient
-        self._records_of = tuple(rows[:most] for rows in data.records_of)
+        used = plan.training.max_records_per_patient
+        self._records_of = tuple(rows[:used] for rows in data.records_of)
         self._record_counts = np.array([len(rows) for rows in self._records_of], dtype=np.int64)
         self.module = build(plan)
         check_model(self.module)
         self.module.to(self.device)
         self._parameters = list(self.module.parameters())
-        self._max_records = max_physical_records or self._default_records()
-        require(self._max_records >= 1, "max_physical_records must be 1 or more")
+        most = self._default_records() if max_physical_records is None else max_physical_records
+        require(most >= 1, f"max_physical_records is {most}; 1 or more")
+        self._max_records = most
         training = plan.training
         self._sgd = torch.optim.SGD(
             self._parameters,
@@ -141,7 +141,7 @@ class LocalTrainer:
         self._model: nn.Module = self.module
         self._clipper: PatientClipper | None = None
         if self.private:
-            self._model = GradSampleModule(self.module, loss_reduction="sum", strict=True)
+            self._model = with_record_gradients(self.module)
             self._clipper = PatientClipper(
                 self._sgd,
                 noise_multiplier=noise_multiplier,
@@ -206,12 +206,12 @@ class LocalTrainer:
         steps by; the sensitivity guard and audits measure it, with other clip norms, too.
         """
         require(clip_norm is None or self._measuring, "only measuring may change the clip norm")
-        if self._clipper is not None and clip_norm is not None:
-            self._clipper.max_grad_norm = clip_norm
+        if self._clipper is not None:
+            self._clipper.max_grad_norm = clip_norm or self.plan.privacy.promise[2]
         self._begin(start)
         with self._exact_arithmetic():
             self._gradient(patients, random)
-        grads = [p.grad for p in self._parameters if p.grad is not None]
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self._parameters]
         flat: FlatVector = torch.cat([g.reshape(-1) for g in grads]).cpu().numpy()
         return flat
 
@@ -343,95 +343,6 @@ class LocalTrainer:
         return max(1, min(MOST_RECORDS, fitting, likes))
 
 
-class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no types
-    """Opacus' clipping with patients as the unit, our noise, and a public divisor.
-
-    One step is begin_step, add_patients for each physical batch, finish_step; the result is in
-    the parameters' `grad`. The ordinary optimiser then steps by it.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        *,
-        noise_multiplier: float | None,
-        max_grad_norm: float,
-        divisor: float,
-    ) -> None:
-        super().__init__(
-            optimizer,
-            noise_multiplier=noise_multiplier,
-            max_grad_norm=max_grad_norm,
-            expected_batch_size=None,
-            loss_reduction="sum",
-        )
-        self.divisor = divisor
-
-    @property
-    def grad_samples(self) -> list[Tensor]:
-        """Per-patient gradients in pieces, of which Opacus takes the norms.
-
-        The float32 norm of millions of values at once comes out as much as 1e-4 too small, which
-        would let a patient of a large model through with more than C. In pieces it is exact
-        to about 1e-6.
-        """
-        flat = [p.grad_sample.reshape(len(p.grad_sample), -1) for p in self.params]
-        return [piece for g in flat for piece in torch.split(g, NORM_PIECE, dim=1)]
-
-    def begin_step(self) -> None:
-        """Start a sum of zero; an empty draw leaves it there."""
-        for p in self.params:
-            p.grad = p.grad_sample = None
-            p.summed_grad = torch.zeros_like(p)
-
-    def add_patients(self, owners: Tensor, patients: int) -> None:
-        """Clip the gradients of a physical batch's patients and add them to the sum.
-
-        Args:
-            owners: Which patient (0 to patients - 1) each record belongs to, shape (records,).
-            patients: How many there are.
-
-        Raises:
-            SensitivityError: a parameter has no gradient for each record.
-        """
-        for p in self.params:
-            p.grad_sample = _by_patient(p.grad_sample, tuple(p.shape), owners, patients)
-        before = [p.summed_grad for p in self.params]
-        self._clip()
-        if not all(bool(torch.isfinite(p.summed_grad).all()) for p in self.params):
-            self._drop_broken_patients()
-            self._clip()
-        for p, total in zip(self.params, before, strict=True):
-            p.summed_grad += total
-            p.grad = p.grad_sample = None
-
-    def finish_step(self, random: ChaChaRandom) -> None:
-        """Add N(0, (noise_multiplier C)^2) to every coordinate and divide by the divisor."""
-        scale = float(self.noise_multiplier) * float(self.max_grad_norm)
-        sizes = [p.numel() for p in self.params]
-        noise = torch.from_numpy(random.gaussian(sum(sizes)) * np.float32(scale))
-        start = 0
-        for p, size in zip(self.params, sizes, strict=True):
-            part = noise[start : start + size].view_as(p).to(p.device)
-            p.grad = (p.summed_grad + part) / self.divisor
-            p.summed_grad = None
-            start += size
-
-    def _clip(self) -> None:
-        for p in self.params:
-            p.summed_grad = None
-        self.clip_and_accumulate()
-
-    def _drop_broken_patients(self) -> None:
-        """A patient with a non-finite gradient counts as zero: it would erase all others."""
-        finite = torch.stack(
-            [torch.isfinite(g).reshape(len(g), -1).all(dim=1) for g in self.grad_samples]
-        ).all(dim=0)
-        for p in self.params:
-            keep = finite.view(-1, *[1] * p.dim())
-            p.grad_sample = torch.where(keep, p.grad_sample, torch.zeros_like(p.grad_sample))
-
-
 def choose_device(name: str) -> torch.device:
     """ "auto", "cpu" or "cuda" as a torch device; ConfigError where there is no such one."""
     require(name in ("auto", "cpu", "cuda"), f"device is {name!r}; valid: auto, cpu, cuda")
@@ -455,37 +366,6 @@ def physical_batches(counts: NDArray[np.int64], most: int) -> list[slice]:
     if start < len(counts):
         runs.append(slice(start, len(counts)))
     return runs
-
-
-def forget_gradients(module: nn.Module) -> None:
-    """Clear what Opacus keeps on a module between forward and step."""
-    for p in module.parameters():
-        p.grad = p.grad_sample = p.summed_grad = None  # type: ignore[attr-defined]
-        p._forward_counter = 0  # type: ignore[attr-defined]
-        if hasattr(p, "_current_grad_sample"):
-            del p._current_grad_sample
-    for part in module.modules():
-        for name in ("activations", "max_batch_len"):
-            if hasattr(part, name):
-                delattr(part, name)
-
-
-def _by_patient(
-    sample: object, shape: tuple[int, ...], owners: Tensor, patients: int
-) -> torch.Tensor:
-    """Add up per-record gradients to per-patient ones, shape (patients, *shape)."""
-    records = len(owners)
-    if not isinstance(sample, Tensor) or sample.shape != (records, *shape):
-        found = tuple(sample.shape) if isinstance(sample, Tensor) else type(sample).__name__
-        raise SensitivityError(
-            f"a parameter of shape {shape} has per-record gradients {found} for {records} "
-            f"records; {(records, *shape)} is needed. Use every parameter once in each forward "
-            "pass, and keep the records as the first dimension of every layer's input."
-        )
-    if records == patients:
-        return sample
-    grouped = sample.new_zeros((patients, *shape))
-    return grouped.index_add_(0, owners, sample)
 
 
 def _check_noise(plan: StudyPlan, noise_multiplier: float | None, measuring: bool) -> None:
