@@ -49,6 +49,15 @@ from shared.secagg.shamir import Bytes
 MAX_SKIPPED_BATCHES = 1000
 
 
+class BadDealError(ProtocolError):
+    """A dealer's commitments or shares are bad; `accused` is the dealer."""
+
+    def __init__(self, accused: str, fact: str) -> None:
+        """`fact` names the dealer, too."""
+        super().__init__(fact)
+        self.accused = accused
+
+
 def deal_batch(site: Site, batch: int, first_round: int) -> bytes:
     """Deal self-mask and recovery keys for B rounds: shares to all, commitments, wrapped keys."""
     session = site.session
@@ -106,10 +115,11 @@ def confirm_batch(site: Site, s3: bytes, members: tuple[str, ...] | None) -> byt
     shares = np.empty((rounds, len(members), 64), np.uint8)
     commitments = np.empty((rounds, len(members), 64), np.uint8)
     for place, item in enumerate(items):
-        if len(item.common) != 64 * rounds:
-            raise ProtocolError(f"{item.sender}: commitments have {len(item.common)} bytes")
+        try:
+            shares[:, place] = _open_shares(site, own, item)
+        except ProtocolError as error:
+            raise BadDealError(item.sender, str(error)) from error
         commitments[:, place] = np.frombuffer(item.common, np.uint8).reshape(rounds, 64)
-        shares[:, place] = _open_shares(site, own, item)
     setup = site.need(Chains, CHAINS, "set-up was not completed").setup
     signed = transcript.batch_transcript(setup, own.batch, own.first_round, members, digests)
     confirmed = ConfirmedBatch(
@@ -189,8 +199,11 @@ def _refill_item(site: Site, item: bytes) -> bytes:
         raise ProtocolError(f"{kind.__name__} is no step of a refill")
     except ProtocolError as error:
         own = site.find(OwnBatch, OWN_BATCH)
+        accused = error.accused if isinstance(error, BadDealError) else ""
         reason = "".join(c for c in str(error) if c.isascii() and c.isprintable())
-        return encode(Complaint(own.batch if own else 0, site.name, reason[:MAX_REASON_BYTES]))
+        return encode(
+            Complaint(own.batch if own else 0, site.name, accused, reason[:MAX_REASON_BYTES])
+        )
 
 
 def _deal_on_request(site: Site, request: DealRequest) -> bytes:
@@ -235,6 +248,8 @@ def _step_chains(site: Site, batch: int) -> tuple[dict[str, bytes], dict[str, by
 def _open_shares(site: Site, own: OwnBatch, item: Delivered) -> Bytes:
     """S4.2 to S4.4: unseal one dealer's shares, check them against tags and check values."""
     session, dealer = site.session, item.sender
+    if len(item.common) != 64 * session.prekey_rounds:
+        raise ProtocolError(f"{dealer}: commitments have {len(item.common)} bytes")
     part = blaming(dealer, decode, Shares, item.part)
     if dealer == site.name:
         raw = own.own_shares

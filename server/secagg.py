@@ -28,34 +28,29 @@ A reply that is refused raises an error that names the site; the round goes on w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from server.secagg_recheck import Kept, Rechecks
-from server.secagg_refill import Refill, SavedRefill, Stage
+from server.secagg_prekeys import Prekeys, SavedPrekeys
+from server.secagg_recheck import Kept, Openings, Rechecks
+from server.secagg_refill import Refill, Stage
 from server.secagg_round import RelayRound
-from server.secagg_setup import Batch, Deal, check_deal, deliveries
+from server.secagg_setup import Deal, check_deal, deliveries
 from shared.errors import CohortError, ConfigError, ProtocolError
-from shared.messages import U32, Blob, ByName, Many, Maybe, Nested, decode, encode, message
+from shared.messages import U32, Blob, Maybe, Nested, decode, encode, message
 from shared.secagg import transcript
 from shared.secagg.messages import (
     MAX_REASON_BYTES,
-    MAX_SITES,
     S1,
     S2,
     Abort,
     Descriptor,
     Hash,
-    Opening,
-    RefillStep,
     Settlement,
 )
 from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
-
-REFILL_MARGIN = 12
-"""Rounds before the prekeys end at which a refill begins; it takes three if nobody fails."""
 
 _NO_ROUND = "no round is open"
 
@@ -66,15 +61,11 @@ class Snapshot:
     """What a relay needs to go on after a restart; it holds no secret that sites did not open."""
 
     session: Hash
-    setup: Hash
     transcript: Hash
     next_round: Annotated[int, U32]
-    next_batch: Annotated[int, U32]
-    batches: Annotated[tuple[Batch, ...], Many(Nested(Batch))]
-    unactivated: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
+    prekeys: Annotated[SavedPrekeys, Nested(SavedPrekeys)]
     open_descriptor: Annotated[bytes, Blob()]
     kept: Annotated[Kept | None, Maybe(Nested(Kept))]
-    refill: Annotated[SavedRefill | None, Maybe(Nested(SavedRefill))]
 
 
 class Relay:
@@ -94,13 +85,9 @@ class Relay:
         self.transcript = session.start
         self.next_round = session.first_round
         self.faults: list[str] = []
-        self._setup = bytes(32)
         self._s1: dict[str, Deal] = {}
-        self._batches: list[Batch] = []
-        self._next_batch = 0
-        self._refill: Refill | None = None
-        self._unactivated: dict[str, bytes] = {}
-        self._asked: dict[str, tuple[str, ...]] = {}
+        self._first: Refill | None = None
+        self._prekeys = Prekeys(session, bytes(32), self.faults)
         self._round: RelayRound | None = None
         self._rechecks: Rechecks | None = None
         self._spare_checkers = spare_checkers
@@ -120,10 +107,11 @@ class Relay:
         """S2 of every site in, each site's request for S3 out."""
         s2 = self._deals(replies, S2)
         names = self.session.names
-        self._setup = transcript.setup_transcript(
+        setup = transcript.setup_transcript(
             self.session, (self._s1[n].digest for n in names), (s2[n].digest for n in names)
         )
-        self._refill = Refill(self.session, self._setup, 0, self.session.first_round)
+        self._prekeys = Prekeys(self.session, setup, self.faults)
+        self._first = Refill(self.session, setup, 0, self.session.first_round)
         return {name: deliveries(self.session, s2, name) for name in names}
 
     def dealt(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
@@ -156,10 +144,10 @@ class Relay:
             raise ProtocolError(f"round {self._round.what.round} is open; publish or abort it")
         if round_no < self.next_round:
             raise ConfigError(f"round {round_no} is used up; {self.next_round} is the next")
-        self._advance_refill(round_no, cohort)
-        batch = self._batch_of(round_no)
-        wanted = set(batch.members if cohort is None else cohort)
-        chosen = tuple(name for name in batch.members if name in wanted)
+        present = cohort or self.session.names
+        self._prekeys.advance(round_no, present)
+        batch = self._prekeys.batch_of(round_no)
+        chosen = tuple(name for name in batch.members if name in present)
         if len(chosen) < self.session.threshold:
             raise CohortError(
                 f"round {round_no}: {len(chosen)} sites of the cohort have prekeys; "
@@ -175,10 +163,10 @@ class Relay:
         )
         self._round = RelayRound(self.session, batch, encode(descriptor))
         self.next_round = round_no + 1
-        steps = {name: self._refill_step(name) for name in cohort or self.session.names}
+        steps = {name: self._prekeys.request(name) for name in present}
         steps = {name: step for name, step in steps.items() if step or name in chosen}
         work = self._rechecks.assign(chosen, self._spare_checkers) if self._rechecks else {}
-        return _Openings(self._round.descriptor, steps, self._rechecks, work)
+        return Openings(self._round.descriptor, steps, self._rechecks, work)
 
     def add_masked(self, name: str, reply: bytes) -> None:
         """Add one site's R1; ProtocolError names the site when it is late, forged or malformed."""
@@ -285,33 +273,18 @@ class Relay:
 
     def covers(self, round_no: int) -> bool:
         """Whether confirmed prekeys reach this round."""
-        return any(
-            batch.first_round <= round_no < batch.first_round + self.session.prekey_rounds
-            for batch in self._batches
-        )
+        return self._prekeys.covers(round_no)
 
     def refill_requests(self, cohort: tuple[str, ...] | None = None) -> dict[str, bytes]:
         """One step of a refill outside a round, for `Member.refill`; {} when none is due."""
-        self._advance_refill(self.next_round, cohort)
-        steps = {name: self._refill_step(name) for name in cohort or self.session.names}
+        present = cohort or self.session.names
+        self._prekeys.advance(self.next_round, present)
+        steps = {name: self._prekeys.request(name) for name in present}
         return {name: step for name, step in steps.items() if step}
 
     def add_refill(self, name: str, reply: bytes) -> None:
         """Take a site's answers to a refill's steps; a bad one spoils the batch, not the round."""
-        asked = self._asked.pop(name, ())
-        try:
-            answers = decode(RefillStep, reply).items
-            if len(answers) != len(asked):
-                raise ProtocolError(f"{len(answers)} answers to {len(asked)} steps of a refill")
-            for step, answer in zip(asked, answers, strict=True):
-                if step == "activate" and not answer:
-                    self._unactivated.pop(name, None)
-                elif self._refill is not None and step == self._refill.stage.value:
-                    self._refill.reply(name, answer)
-        except ProtocolError as error:
-            self.faults.append(f"refill: {name}: {error}")
-            if self._refill is not None:
-                self._refill.faults[name] = str(error)
+        self._prekeys.reply(name, reply)
 
     # Checkpoints.
 
@@ -324,15 +297,11 @@ class Relay:
         return encode(
             Snapshot(
                 session=self.session.hash(),
-                setup=self._setup,
                 transcript=self.transcript,
                 next_round=self.next_round,
-                next_batch=self._next_batch,
-                batches=tuple(self._batches),
-                unactivated=self._unactivated,
+                prekeys=self._prekeys.save(),
                 open_descriptor=self._round.descriptor if self._round else b"",
                 kept=self._rechecks.kept if self._rechecks else None,
-                refill=self._refill.save() if self._refill else None,
             )
         )
 
@@ -349,14 +318,10 @@ class Relay:
             raise ConfigError("the checkpoint is of another session")
         relay = cls(session)
         relay.transcript, relay.next_round = saved.transcript, saved.next_round
-        relay._setup, relay._next_batch = saved.setup, saved.next_batch
-        relay._batches = list(saved.batches)
-        relay._unactivated = dict(saved.unactivated)
+        relay._prekeys = Prekeys.restore(session, saved.prekeys, relay.faults)
         relay._rechecks = Rechecks(session, saved.kept) if saved.kept else None
-        if saved.refill:
-            relay._refill = Refill.restore(session, saved.setup, saved.refill)
         if saved.open_descriptor:
-            batch = relay._batch_of(decode(Descriptor, saved.open_descriptor).round)
+            batch = relay._prekeys.batch_of(decode(Descriptor, saved.open_descriptor).round)
             relay._round = RelayRound(session, batch, saved.open_descriptor)
         return relay
 
@@ -370,8 +335,8 @@ class Relay:
         return {n: check_deal(self.session, n, replies[n], place) for n in self.session.names}
 
     def _first_batch(self, replies: Mapping[str, bytes], stage: Stage) -> dict[str, bytes]:
-        refill = self._refill
-        if refill is None or refill.stage is not stage or refill.number != 0:
+        refill = self._first
+        if refill is None or refill.stage is not stage:
             raise ProtocolError("the steps of the set-up are out of order")
         missing = set(self.session.names) - set(replies)
         if missing:
@@ -382,84 +347,12 @@ class Relay:
             refill.close_dealing()
             return {name: refill.request(name) for name in self.session.names}
         batch = refill.finish()
-        self._batches, self._refill, self._next_batch = [batch], None, 1
+        self._prekeys.add_first(batch)
+        self._first = None
         self.transcript = transcript.first_transcript(self.session, batch.transcript)
         return dict.fromkeys(self.session.names, batch.activation)
-
-    def _advance_refill(self, round_no: int, cohort: tuple[str, ...] | None) -> None:
-        """Take the refill one step on, begin one when it is time, give up a spoilt one."""
-        rounds = self.session.prekey_rounds
-        self._batches = [b for b in self._batches if round_no < b.first_round + rounds]
-        refill, present = self._refill, set(cohort or self.session.names)
-        if refill is not None:
-            try:
-                if refill.stage is Stage.DEALING:
-                    refill.close_dealing(set(refill.faults) | set(refill.members) - present)
-                elif not refill.waiting:
-                    batch = refill.finish()
-                    self._batches.append(batch)
-                    self._unactivated = dict.fromkeys(batch.members, batch.activation)
-                    self._refill = None
-                else:
-                    raise ProtocolError(f"not confirmed by {', '.join(refill.waiting)}")
-            except ProtocolError as error:
-                self.faults.append(f"refill: batch {refill.number} is given up: {error}")
-                self._refill = None
-        ends = max((b.first_round + rounds for b in self._batches), default=round_no)
-        if self._refill is None and ends - round_no <= min(rounds, REFILL_MARGIN):
-            self._refill = Refill(self.session, self._setup, self._next_batch, ends)
-            self._next_batch += 1
-
-    def _refill_step(self, name: str) -> bytes:
-        items, asked = [], []
-        if name in self._unactivated:
-            items.append(self._unactivated[name])
-            asked.append("activate")
-        if self._refill is not None:
-            request = self._refill.request(name)
-            if request:
-                items.append(request)
-                asked.append(self._refill.stage.value)
-        self._asked[name] = tuple(asked)
-        return encode(RefillStep(tuple(items))) if items else b""
-
-    def _batch_of(self, round_no: int) -> Batch:
-        rounds = self.session.prekey_rounds
-        for batch in self._batches:
-            if batch.first_round <= round_no < batch.first_round + rounds:
-                return batch
-        raise ProtocolError(
-            f"the prekeys do not cover round {round_no}; send refill_requests to the sites until "
-            "they do, or begin a new epoch"
-        )
 
     def _open(self) -> RelayRound:
         if self._round is None:
             raise ProtocolError(_NO_ROUND)
         return self._round
-
-
-class _Openings(Mapping[str, bytes]):
-    """R0 by site; the large part, a recheck package, is made when it is asked for."""
-
-    def __init__(
-        self,
-        descriptor: bytes,
-        refills: Mapping[str, bytes],
-        rechecks: Rechecks | None,
-        work: Mapping[str, tuple[int, ...]],
-    ) -> None:
-        self._descriptor, self._refills = descriptor, refills
-        self._rechecks, self._work = rechecks, work
-
-    def __getitem__(self, name: str) -> bytes:
-        package = b""
-        if self._rechecks is not None and name in self._work:
-            package = self._rechecks.package(self._work[name])
-        return encode(Opening(self._descriptor, self._refills[name], package))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._refills)
-
-    def __len__(self) -> int:
-        return len(self._refills)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -15,6 +15,7 @@ from shared.secagg.messages import (
     Attestation,
     Contributions,
     Hash,
+    Opening,
     Piece,
     Pieces,
     Recheck,
@@ -106,3 +107,30 @@ class Rechecks:
     def complete(self) -> bool:
         """Whether c + 1 sites recomputed every chunk."""
         return all(len(held) > self._session.colluders for held in self._held)
+
+
+class Openings(Mapping[str, bytes]):
+    """R0 by site; the large part, a recheck package, is made when it is asked for."""
+
+    def __init__(
+        self,
+        descriptor: bytes,
+        refills: Mapping[str, bytes],
+        rechecks: Rechecks | None,
+        work: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        """Requests for the sites of `refills`; `work` says who rechecks which chunks."""
+        self._descriptor, self._refills = descriptor, refills
+        self._rechecks, self._work = rechecks, work
+
+    def __getitem__(self, name: str) -> bytes:
+        package = b""
+        if self._rechecks is not None and name in self._work:
+            package = self._rechecks.package(self._work[name])
+        return encode(Opening(self._descriptor, self._refills[name], package))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refills)
+
+    def __len__(self) -> int:
+        return len(self._refills)

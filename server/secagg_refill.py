@@ -21,9 +21,9 @@ from server.secagg_setup import (
     deliveries,
 )
 from shared.errors import ProtocolError
-from shared.messages import U32, Blob, ByName, Flag, encode, message
+from shared.messages import U32, Blob, ByName, Flag, decode, encode, kind_of
 from shared.secagg import transcript
-from shared.secagg.messages import MAX_SITES, S3, Activation, DealRequest, Signatures
+from shared.secagg.messages import MAX_SITES, S3, Activation, Complaint, DealRequest, Signatures
 from shared.secagg.session import Session
 
 
@@ -34,7 +34,6 @@ class Stage(Enum):
     CONFIRMING = "confirm"
 
 
-@message(0x0304)
 @dataclass(frozen=True, slots=True)
 class SavedRefill:
     """A refill that is under way, for a checkpoint."""
@@ -54,7 +53,8 @@ class Refill:
         self.number = number
         self.first_round = first_round
         self.stage = Stage.DEALING
-        self.faults: dict[str, str] = {}
+        self.faults: set[str] = set()
+        self._accused: set[str] = set()
         self._session = session
         self._setup = setup
         self._deals: dict[str, Deal] = {}
@@ -70,6 +70,11 @@ class Refill:
     def waiting(self) -> tuple[str, ...]:
         """Members that did not confirm yet."""
         return tuple(name for name in self.members if name not in self._signatures)
+
+    @property
+    def blamed(self) -> set[str]:
+        """Members that did not confirm, and dealers that they accuse."""
+        return set(self.waiting) | self._accused
 
     def request(self, name: str) -> bytes:
         """What to send to one site at this stage; nothing if it has done its part."""
@@ -87,6 +92,10 @@ class Refill:
             place = (S3, self.number, self.first_round)
             self._deals[name] = check_deal(self._session, name, data, place)
         elif name in self._deals:
+            if kind_of(data) is Complaint:
+                complaint = decode(Complaint, data)
+                self._accused |= {complaint.accused} & set(self.members)
+                raise ProtocolError(f"does not confirm batch {self.number}: {complaint.reason}")
             signature = check_confirmation(self._session, name, data, self.number, self._transcript)
             self._signatures[name] = signature
 

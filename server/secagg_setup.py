@@ -11,14 +11,13 @@ from typing import Annotated
 
 from shared.errors import ProtocolError
 from shared.identity import verify
-from shared.messages import U32, Blob, ByName, decode, encode, kind_of, message
+from shared.messages import U32, Blob, ByName, decode, encode, message
 from shared.secagg import keys, transcript
 from shared.secagg.messages import (
     MAX_SITES,
     S1,
     S2,
     S3,
-    Complaint,
     Confirmed,
     Dealt,
     Delivered,
@@ -157,10 +156,7 @@ def check_pairs(session: Session, deals: Mapping[str, Deal]) -> None:
 def check_confirmation(
     session: Session, name: str, data: bytes, batch: int, signed: bytes
 ) -> bytes:
-    """Check one S4 and return its signature; a complaint is raised as what it says."""
-    if kind_of(data) is Complaint:
-        complaint = decode(Complaint, data)
-        raise ProtocolError(f"{name} does not confirm batch {batch}: {complaint.reason}")
+    """Check one S4 and return its signature."""
     confirmed = decode(Confirmed, data)
     if (confirmed.batch, confirmed.sender) != (batch, name):
         raise ProtocolError(f"{name}: a confirmation of batch {batch} was expected")

@@ -109,6 +109,7 @@ class Complaint:
 
     batch: Annotated[int, U32]
     sender: Name
+    accused: Annotated[str, Text()]
     reason: Annotated[str, Text(MAX_REASON_BYTES)]
 
 
