@@ -143,7 +143,6 @@ def agree(site: Site, r2: bytes) -> bytes:
     if _is_repeat(current, AGREED, r2):
         return site.store[AGREED_REPLY]
     current = _current(site, included.digest, MASKED)
-    settle(site, included.attestations)
     descriptor = decode(Descriptor, current.descriptor)
     session = site.session
     names = transcript.check_contributions(session, descriptor.cohort, included.contributions)
@@ -151,6 +150,7 @@ def agree(site: Site, r2: bytes) -> bytes:
         raise ProtocolError(f"{site.name} is asked to agree to a set without it")
     for entry in included.contributions:
         _check_contribution(site, current, entry)
+    settle(site, included.attestations)
     signed = transcript.included_digest(current.digest, included.contributions)
     signature = site.identity.sign(transcript.AGREE, signed)
     shares = b""
