@@ -142,5 +142,7 @@ def _public_key(public: bytes) -> Ed25519PublicKey:
 
 
 def _signed(context: str, payload: bytes) -> bytes:
-    # Injective: a context is text of this code's own, without the zero byte that ends it.
+    # Injective: the zero byte ends the context, which is text of this code's own.
+    if "\x00" in context:
+        raise ValueError("a signature's context holds no zero byte")
     return b"fedward/1/" + context.encode("ascii") + b"\x00" + payload
