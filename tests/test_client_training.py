@@ -195,6 +195,16 @@ def test_what_leaves_carries_noise_of_exactly_sigma_c_over_the_divisor() -> None
     assert stats.kstest(noise / (sigma * clip * 1.05), "norm").pvalue < 1e-4  # 5 % is seen
 
 
+def test_every_coordinate_and_every_step_gets_noise_of_its_own() -> None:
+    # WIDE is (4000, 5) weights, 4000 biases, (1, 4000) weights, 1 bias.
+    noise = noise_of(WIDE, make_data(WIDE, 20), 1.0, ChaChaRandom(KEY))[:28_000]
+    assert np.abs(np.corrcoef(noise.reshape(7, 4000))[np.triu_indices(7, 1)]).max() < 0.08
+    trainer = LocalTrainer(WIDE, "site-0", make_data(WIDE, 3), 1.0, "cpu")
+    random, nobody = ChaChaRandom(KEY), np.zeros(0, dtype=np.int64)
+    steps = [trainer.gradient(initial_parameters(WIDE), nobody, random) for _ in range(3)]
+    assert np.abs(np.corrcoef(steps)[np.triu_indices(3, 1)]).max() < 0.04
+
+
 def test_the_noise_does_not_depend_on_how_many_patients_there_are() -> None:
     # A divisor of n q differs between neighbours; with it, the noise that 10 patients send would
     # be twice that of 20.
@@ -259,20 +269,23 @@ def test_every_step_is_taken_and_patients_are_drawn_at_the_plans_rate(patients: 
 # --- faults in data, model, loss ------------------------------------------------------------
 
 
-def test_a_non_finite_gradient_counts_as_zero() -> None:
+@pytest.mark.parametrize("weights", [(1e10, 1.0, 0.0), (1e10, -1e10, 0.0)])
+def test_a_non_finite_gradient_counts_as_zero(weights: tuple[float, float, float]) -> None:
     plan = make_plan(features=2)
-    start = np.array([1e10, 1.0, 0.0], dtype=np.float32)
+    start = np.array(weights, dtype=np.float32)
     good = make_data(plan, 6)
-    huge = np.full((2, 2), 3e38, dtype=np.float32)  # its logit and gradient overflow
+    # The logit is infinite and the gradient's norm overflows; or it is inf - inf, not a number.
+    huge = np.full((2, 2), 3e38, dtype=np.float32)
     both = PatientDataset(
         np.concatenate([good.inputs[:3], huge, good.inputs[3:]]),
         np.concatenate([good.labels[:3], np.zeros(2, np.int64), good.labels[3:]]),
         np.array([0, 1, 2, 3, 3, 4, 5, 6]),
         tuple(f"p{i}" for i in range(7)),
     )
-    total = clipped_sum(plan, both, start)
-    assert np.isfinite(total).all()
-    np.testing.assert_allclose(total, clipped_sum(plan, good, start), atol=1e-6)
+    for most in (3, 100):
+        total = clipped_sum(plan, both, start, most)
+        assert np.isfinite(total).all()
+        np.testing.assert_allclose(total, clipped_sum(plan, good, start), atol=1e-6)
 
 
 class Unused(nn.Module):
