@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 from flwr.app import ConfigRecord, Message, RecordDict
 
 from shared.errors import ProtocolError
@@ -27,4 +25,4 @@ def body_of(message: Message) -> bytes:
     body = record.get(_BODY) if isinstance(record, ConfigRecord) else None
     if not isinstance(body, bytes):
         raise ProtocolError("a Flower message carries no Fedward body")
-    return cast(bytes, body)
+    return body

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context, RecordDict
+from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
 from flwr.serverapp import ServerApp
 
 from client.app import make_client_app
@@ -58,7 +59,7 @@ def run_on_ray(server_app: ServerApp, folders: dict[str, Path]) -> None:
     paths = [str(folders[name].resolve()) for name in names]
     client_app = make_client_app(functools.partial(_folder_of_partition, paths))
     cpus = max(1, (os.cpu_count() or 1) // len(names))
-    backend = {
+    backend: BackendConfig = {
         "init_args": {"include_dashboard": False, "log_to_driver": False},
         "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
     }

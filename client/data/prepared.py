@@ -15,7 +15,7 @@ from shared.errors import ConfigError
 
 def write_prepared(data: PatientDataset, path: Path) -> None:
     """Write a dataset, patient ids included; for the site's own disk only."""
-    arrays = {
+    arrays: dict[str, np.ndarray] = {
         "inputs": np.ascontiguousarray(data.inputs),
         "labels": data.labels,
         "patients": data.patients,
