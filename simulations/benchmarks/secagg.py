@@ -192,7 +192,7 @@ def against_flower(
     tasks = {("client", *name): sides.client for name, sides in systems.items()}
     for name in ("fedward", "flower"):
         tasks["server", name, degrees[0]] = systems[name, degrees[0]].server
-    cpu = best_of(tasks, min(int(chosen.repetitions), 5 if sites <= 10 else 2))
+    cpu = best_of(tasks, chosen.repetitions if sites <= 10 else min(chosen.repetitions, 3))
     for (side, system, degree), seconds in cpu.items():
         row: dict[str, Any] = {"what": side, "system": system, "parameters": len(values)}
         row["sites"] = sites
