@@ -15,7 +15,7 @@ import argparse
 import tempfile
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,22 +130,22 @@ def long_study(rounds: int) -> tuple[list[Row], dict[str, float]]:
 
 
 def split_rounds(chosen: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
-    """The parts of a round, from the fastest of several studies."""
+    """The parts of a round: means over the fastest tenth of all rounds of several studies."""
     rounds, repetitions = (6, 1) if chosen.quick else (80, chosen.repetitions)
-    studies = [_watched(rounds) for _ in range(repetitions)]
-    watch, marks = min(studies, key=lambda study: study[0].seconds["total"])
-    counted = len(marks) - 1
+    spent = [part for _ in range(repetitions) for part in _watched(rounds)]
+    spent.sort(key=lambda one: sum(one["ms"].values()))
+    fastest = spent[: max(1, len(spent) // 10)]
     rows: list[Row] = [
         {
             "what": f"  {part}",
-            "ms_per_round": 1000 * watch.seconds.get(part, 0.0) / counted,
-            "calls_per_round": watch.calls.get(part, 0) / counted,
+            "ms_per_round": _mean(fastest, "ms", part),
+            "calls_per_round": _mean(fastest, "calls", part),
             "overhead": "yes" if part in OVERHEAD else "no",
         }
         for part in PARTS
     ]
-    total = 1000 * watch.seconds["total"] / counted
     overhead = sum(row["ms_per_round"] for row in rows if row["overhead"] == "yes")
+    total = sum(row["ms_per_round"] for row in rows)
     rows.insert(0, {"what": "one round, watched", "ms_per_round": total})
     rows.append({"what": "overhead", "ms_per_round": overhead})
     return rows, {
@@ -154,38 +154,43 @@ def split_rounds(chosen: argparse.Namespace) -> tuple[list[Row], dict[str, float
     }
 
 
-def _watched(rounds: int) -> tuple[Stopwatch, list[dict[str, float]]]:
-    """A study under the stopwatch, from the end of its first round to that of its last."""
+Spent = dict[str, dict[str, float]]
+"""Milliseconds ("ms") and calls ("calls") of each part in one round."""
+
+
+def _mean(rounds: Sequence[Spent], what: str, part: str) -> float:
+    return sum(one[what].get(part, 0.0) for one in rounds) / len(rounds)
+
+
+def _watched(rounds: int) -> list[Spent]:
+    """What each round of a study took, its first and last aside."""
     watch = Stopwatch()
+    spent: list[Spent] = []
+
+    def observe() -> None:
+        milliseconds = {part: 1000 * seconds for part, seconds in watch.read().items()}
+        spent.append({"ms": milliseconds, "calls": dict[str, float](watch.calls)})
+        watch.reset()
+
     with measured(PARTS, watch):
-        marks = _run(rounds, watch)
-    watch.seconds["total"] = marks[-1]["cpu_s"] - marks[0]["cpu_s"]
-    return watch, marks
+        _run(rounds, observe)
+    return spent[1:-1]
 
 
-def _run(rounds: int, watch: Stopwatch | None = None) -> list[dict[str, float]]:
+def _run(rounds: int, observe: Callable[[], None] = lambda: None) -> list[dict[str, float]]:
     """Run the scenario with one step a round; the times at which its rounds ended."""
     overrides = [f"training.rounds={rounds}", "training.local_steps=1"]
     scenario = load_scenario(SCENARIO, overrides)
     marks: list[dict[str, float]] = []
-    seconds: dict[str, float] = {}
-    calls: dict[str, int] = {}
 
-    def observe(report: object) -> None:
+    def round_ended(report: object) -> None:
         del report
         marks.append(_now())
-        if watch is None:
-            return
-        if len(marks) == 1:
-            watch.reset()
-        seconds.update(watch.read())
-        calls.update(watch.calls)
+        observe()
 
     with tempfile.TemporaryDirectory(prefix="fedward-benchmark-") as folder:
         options = RunOptions(out=Path(folder) / "run", device="cpu")
-        execute(prepare(scenario, options), observe)
-    if watch is not None:
-        watch.seconds, watch.calls = seconds, calls
+        execute(prepare(scenario, options), round_ended)
     return marks
 
 

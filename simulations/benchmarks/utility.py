@@ -31,8 +31,21 @@ from simulations.scenario import Scenario, load_scenario
 
 METRICS = ("auroc", "accuracy")
 
-SETTINGS: dict[str, dict[float, tuple[str, ...]]] = {}
-"""Scenario -> epsilon -> settings that replace the scenario's own, public like all of a plan."""
+SETTINGS: dict[str, tuple[str, ...]] = {
+    "heart": (
+        "training.rounds=40",
+        "training.local_steps=1",
+        "training.sample_rate=0.5",
+        "training.learning_rate=2.0",
+        "privacy.clip_norm=0.25",
+    ),
+}
+"""Settings that replace a scenario's own, the same for every epsilon, and shown in the table.
+
+Those of `heart` were chosen on a part of the training patients alone, from rounds 5 to 40, steps
+1 to 5, rates 0.3 to 1, learning rates 0.25 to 8 and clip norms 0.25 to 1: at epsilon 1 less noise
+in fewer steps counts most, and from 2 on nothing in that grid is better by more than 0.002.
+"""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -94,7 +107,7 @@ def _scenario(chosen: argparse.Namespace, epsilon: float, seed: int) -> Scenario
         overrides.append(f'simulation.folder="{_folder(chosen.data)}"')
     if chosen.quick:
         overrides.append("training.rounds=2")
-    settings = SETTINGS.get(chosen.scenario, {}).get(epsilon, ())
+    settings = SETTINGS.get(chosen.scenario, ())
     return load_scenario(chosen.scenario, [*overrides, *settings, *chosen.overrides])
 
 
