@@ -125,7 +125,7 @@ class SiteRun:
             self.store["applied"] = outcome.round.to_bytes(8, "little")
             if outcome.total is None or self.state.round_no >= self.plan.training.rounds:
                 continue
-            update, _ = self.layout.unpack(outcome.total, outcome.contributors)
+            update = self.layout.update_of(outcome.total, outcome.contributors)
             self.state = apply_update(self.plan.optimizer, self.state, update)
             self.store["model"] = state_to_bytes(self.state)
 

@@ -54,6 +54,7 @@ class Site:
             "round": self._round,
             "agree": self._agree,
             "release": self._release,
+            "refill": self._refill,
             "recheck": self._recheck,
             "finish": self._finish,
         }
@@ -62,7 +63,7 @@ class Site:
         """Answer one message.
 
         Args:
-            action: join, setup, round, agree, release, recheck or finish.
+            action: join, setup, round, agree, release, refill, recheck or finish.
             body: The message's bytes, from an untrusted server.
 
         Returns:
@@ -114,6 +115,12 @@ class Site:
         run = self._run(request.run_id)
         with run.transaction():
             return run.member.release(request.body)
+
+    def _refill(self, body: bytes) -> bytes:
+        request = decode(PhaseRequest, body)
+        run = self._run(request.run_id)
+        with run.transaction():
+            return run.member.refill(request.body)
 
     def _recheck(self, body: bytes) -> bytes:
         request = decode(RecheckRequest, body)

@@ -98,6 +98,9 @@ class StudyOutcome:
 
 Observer = Callable[[RoundReport], None]
 
+REFILL_EXCHANGES = 8
+"""Messages to each site after which a refill of prekeys is given up; it takes three or four."""
+
 
 @dataclass
 class _Site:
@@ -204,10 +207,12 @@ class Study:
         up, down = self.transport.bytes_up, self.transport.bytes_down
         model_round = self.state.round_no
         trained = model_round < self.plan.training.rounds
-        cohort = self._choose_cohort()
+        present = self._choose_cohort()
+        self._refill(present)
         openings = self._relay.open_round(
-            self._round_no, model_hash=self.state.digest(), cohort=cohort
+            self._round_no, model_hash=self.state.digest(), cohort=present
         )
+        cohort = self._relay.cohort
         reason, counts, inputs_s = "", np.zeros(0, dtype=np.int64), 0.0
         contributors: tuple[str, ...] = ()
         try:
@@ -215,9 +220,10 @@ class Study:
             total = self._unmask()
             contributors = self._relay.contributors
             result = self._relay.publish()
-            update, counts = self._layout.unpack(total, contributors)
             if trained:
+                update = self._layout.update_of(total, contributors)
                 self.state = apply_update(self.plan.optimizer, self.state, update)
+            counts = self._counts(total)
         except ProtocolError as error:
             reason = str(error)
             result = self._relay.abort(reason)
@@ -228,9 +234,9 @@ class Study:
             round_no=self._round_no,
             model_round=model_round,
             trained=trained,
-            cohort=tuple(openings),
+            cohort=cohort,
             contributors=contributors,
-            dropped=tuple(sorted(set(openings) - set(contributors))) if contributors else (),
+            dropped=tuple(sorted(set(cohort) - set(contributors))) if contributors else (),
             reason=reason,
             counts=counts,
             wall_s=time.perf_counter() - started,
@@ -238,6 +244,21 @@ class Study:
             bytes_up=self.transport.bytes_up - up,
             bytes_down=self.transport.bytes_down - down,
         )
+
+    def _counts(self, total: NDArray[np.uint32]) -> NDArray[np.int64]:
+        """The evaluation counts; none where some site sent more than it may."""
+        try:
+            return self._layout.counts_of(total)
+        except ProtocolError:
+            return np.zeros(0, dtype=np.int64)
+
+    def _refill(self, present: tuple[str, ...]) -> None:
+        """Ask for new prekeys apart from rounds, where the refill within rounds did not do."""
+        for _ in range(REFILL_EXCHANGES):
+            if self._relay.covers(self._round_no):
+                return
+            bodies = self._relay.refill_requests(present)
+            self._phase("refill", bodies, self._relay.add_refill)
 
     def _choose_cohort(self) -> tuple[str, ...]:
         """All sites but those that were absent lately; they are asked again ever more rarely."""

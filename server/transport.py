@@ -23,6 +23,7 @@ MESSAGE_TYPES = {
     "round": f"{MessageType.TRAIN}.round",
     "agree": f"{MessageType.QUERY}.agree",
     "release": f"{MessageType.QUERY}.release",
+    "refill": f"{MessageType.QUERY}.refill",
     "recheck": f"{MessageType.QUERY}.recheck",
     "finish": f"{MessageType.QUERY}.finish",
 }

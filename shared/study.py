@@ -5,6 +5,7 @@ setup     one set-up step S2, S3, S4          -> the site's answer to it
 round     results so far, opening (R0)        -> masked vector (R1)
 agree     the set of contributors (R2)        -> signature, and shares if nobody dropped
 release   the signatures (R3)                 -> shares, after a dropout only
+refill    a step of new prekeys               -> the site's answer; mostly rides with `round`
 recheck   last results, chunks to recompute   -> attestations, after the last round
 finish    all attestations                    -> signed receipt
 """
@@ -78,7 +79,7 @@ class RoundRequest:
 @message(0x5305)
 @dataclass(frozen=True, slots=True)
 class PhaseRequest:
-    """R2 or R3 as the relay made it."""
+    """R2, R3, or a step of a refill apart from any round, as the relay made it."""
 
     run_id: Annotated[str, Text()]
     body: Annotated[bytes, Blob()]
@@ -188,24 +189,28 @@ class VectorLayout:
         lanes = self.ring.counts_to_lanes(counts, max_count=MAX_TEST_PATIENTS)
         return Packed(body, lanes)
 
-    def unpack(
-        self, total: RingVector, contributors: tuple[str, ...]
-    ) -> tuple[FlatVector, NDArray[np.int64]]:
-        """The weighted mean update and the summed counts of a published sum.
+    def update_of(self, total: RingVector, contributors: tuple[str, ...]) -> FlatVector:
+        """The weighted mean update of a published sum.
 
         Args:
             total: uint32, shape (length,).
             contributors: The sites in the sum, whose public weights divide it.
 
         Returns:
-            float32 (parameters,) and int64 (counts,).
+            float32, shape (parameters,).
         """
         clip = self.plan.secure_sum.clip_range
         summed = self.ring.dequantise(total[: self.parameters], clip_range=clip)
         weight = sum(self.plan.cohort.weight(name) for name in sorted(contributors))
-        update = summed / np.float32(weight)
-        counts = self.ring.lanes_to_counts(total[self.parameters :], max_count=MAX_TEST_PATIENTS)
-        return update.astype(np.float32, copy=False), counts
+        return (summed / np.float32(weight)).astype(np.float32, copy=False)
+
+    def counts_of(self, total: RingVector) -> NDArray[np.int64]:
+        """The summed evaluation counts of a published sum: int64, shape (counts,).
+
+        Raises:
+            ProtocolError: a count is larger than honest sites can make it.
+        """
+        return self.ring.lanes_to_counts(total[self.parameters :], max_count=MAX_TEST_PATIENTS)
 
 
 class Packed:

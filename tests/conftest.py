@@ -7,6 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# The machine may be shared: an example that is slow once is not a failure.
+settings.register_profile("fedward", deadline=None)
+settings.load_profile("fedward")
 
 # Tiny models are slower on several threads, most of all where the machine is shared.
 torch.set_num_threads(1)

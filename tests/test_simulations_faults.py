@@ -220,6 +220,22 @@ def test_a_site_that_is_told_another_sum_than_the_others_refuses_the_round(study
     assert one_history(results)  # the true sum came later, so the site could go on
 
 
+def test_a_study_longer_than_its_prekeys_refills_them_along_the_way(
+    study: Study, undisturbed: dict[str, Any]
+) -> None:
+    results = study(deliver, "secure_sum.prekey_rounds=3", "training.rounds=9")
+    assert [r["aborted"] for r in results["rounds"]] == [False] * 9
+    assert one_history(results)
+
+
+def test_a_site_that_was_away_while_prekeys_were_refilled_comes_back(study: Study) -> None:
+    away = nth("rural", "round", DOWN, {2, 3, 4}, LOST)
+    results = study(away, "secure_sum.prekey_rounds=4", "training.rounds=16")
+    assert [r["aborted"] for r in results["rounds"]] == [False] * 16
+    assert "rural" in results["rounds"][-1]["contributors"]
+    assert one_history(results)
+
+
 @pytest.fixture
 def site_folders(scenario: Scenario, tmp_path: Path) -> Path:
     hospitals = load_hospitals(scenario.simulation, scenario.plan)
