@@ -146,21 +146,25 @@ class InProcessGrid(Grid):
 
     def _push(self, message: Message) -> str:
         message_id = uuid.uuid4().hex
-        message = _stamped(message, message_id, body_of(message))
         node, action = message.metadata.dst_node_id, message.metadata.message_type
         site = self._site_of[node]
         delivery = self._faults(site, action, Direction.TO_SITE, body_of(message))
         reply: Message | None = None
         for body in delivery.bodies:
-            reply = self._call(_stamped(message, message_id, body), node)
+            received = _stamped(message, message_id, body)
+            reply = self._call(received, node)
         if reply is None:
-            self._pending[message_id] = _Pending(_lost(message), 0)
+            self._pending[message_id] = _Pending(_lost(message, message_id), 0)
             return message_id
         if reply.has_error():
             self._pending[message_id] = _Pending(reply, delivery.delay_pulls)
             return message_id
         back = self._faults(site, action, Direction.TO_SERVER, body_of(reply))
-        answer = _answer(message, back.bodies[-1]) if back.bodies else _lost(message)
+        answer = (
+            Message(content(back.bodies[-1]), reply_to=received)
+            if back.bodies
+            else _lost(message, message_id)
+        )
         self._pending[message_id] = _Pending(answer, delivery.delay_pulls + back.delay_pulls)
         return message_id
 
@@ -190,11 +194,7 @@ def _stamped(message: Message, message_id: str, body: bytes) -> Message:
     return build(metadata=metadata, content=content(body))
 
 
-def _answer(message: Message, body: bytes) -> Message:
-    return Message(content(body), reply_to=message)
-
-
-def _lost(message: Message) -> Message:
+def _lost(message: Message, message_id: str) -> Message:
     """The error reply that Flower's SuperLink makes for a node that does not answer."""
     m = message.metadata
     metadata = Metadata(
@@ -202,7 +202,7 @@ def _lost(message: Message) -> Message:
         message_id="",
         src_node_id=SUPERLINK_NODE_ID,
         dst_node_id=m.src_node_id,
-        reply_to_message_id=m.message_id,
+        reply_to_message_id=message_id,
         group_id=m.group_id,
         created_at=m.created_at,
         ttl=m.ttl,
