@@ -76,9 +76,10 @@ class RelayRound:
             )
         self._expect(name, self.what.cohort)
         answer = self._decode(name, Masked, reply)
-        if answer.sender != name or len(answer.vector) != self._session.vector_bytes:
+        if len(answer.vector) != self._session.vector_bytes:
             raise ProtocolError(
-                f"{name}: a vector of {self._session.vector_bytes} bytes of its own was expected"
+                f"{name}: a vector of {len(answer.vector)} bytes came, not of "
+                f"{self._session.vector_bytes}"
             )
         if merkle.root(answer.vector, self._session.chunk_bytes) != answer.root:
             raise ProtocolError(f"{name}: the vector is not the one that its root names")
@@ -240,6 +241,8 @@ class RelayRound:
             answer = decode(cls, reply)
         except ProtocolError as error:
             raise ProtocolError(f"{name}: {error}") from error
+        if answer.sender != name:
+            raise ProtocolError(f"{name}: an answer in the name of {answer.sender}")
         if answer.digest != self.digest:
             raise ProtocolError(f"{name}: the answer is to another round than {self.what.round}")
         return answer
