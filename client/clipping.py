@@ -7,13 +7,15 @@ and the divisor is a public constant.
 
 from __future__ import annotations
 
-from typing import cast
+import warnings
 
 import numpy as np
 import torch
 from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample.conv import compute_conv_grad_sample
 from opacus.optimizers import DPOptimizer
 from torch import Tensor, nn
+from torch.nn import functional
 
 from client.noise import ChaChaRandom
 from shared.errors import SensitivityError
@@ -21,9 +23,28 @@ from shared.errors import SensitivityError
 NORM_PIECE = 1 << 16
 
 
-def with_record_gradients(module: nn.Module) -> nn.Module:
-    """Wrap a module once, so that a backward pass of summed losses keeps record gradients."""
-    return cast(nn.Module, GradSampleModule(module, loss_reduction="sum", strict=True))
+class RecordGradients(GradSampleModule):  # type: ignore[misc]  # opacus ships no types
+    """A module whose backward pass keeps every record's own gradient in `grad_sample`.
+
+    Opacus' hooks with two shortcuts that change no value: a faster gradient of Conv2d, and a
+    backward pass that leaves out the weight gradients of the whole batch, which nobody reads.
+
+    Args:
+        module: The model, without hooks.
+        example: One record, shape (1, *input_shape), on the module's device.
+    """
+
+    def __init__(self, module: nn.Module, example: Tensor) -> None:
+        entry = _entry_parameters(module, example)
+        super().__init__(module, loss_reduction="sum", strict=True)
+        self._entry = entry
+
+    def backward(self, loss: Tensor) -> None:
+        """Fill every parameter's `grad_sample` from a sum of per-record losses."""
+        with warnings.catch_warnings():
+            # Torch remarks that the model's input asks for no gradient; it need not.
+            warnings.filterwarnings("ignore", message="Full backward hook is firing")
+            torch.autograd.backward(loss, inputs=self._entry)
 
 
 class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no types
@@ -144,3 +165,58 @@ def _by_patient(
         return sample
     grouped = sample.new_zeros((patients, *shape))
     return grouped.index_add_(0, owners, sample)
+
+
+def conv2d_gradients(
+    layer: nn.Conv2d, activations: list[Tensor], backprops: Tensor
+) -> dict[Tensor, Tensor]:
+    """Per-record gradients of a Conv2d, as Opacus' own but from strided views: about half the time.
+
+    Args:
+        layer: The convolution.
+        activations: Its input, shape (records, channels_in, h, w), in a list of one.
+        backprops: Gradient by its output, shape (records, channels_out, h_out, w_out).
+
+    Returns:
+        Gradients of shape (records, *parameter.shape), for the weight and, if any, the bias.
+    """
+    if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        fallback: dict[Tensor, Tensor] = compute_conv_grad_sample(layer, activations, backprops)
+        return fallback
+    records, channels, height, width = backprops.shape
+    (pad_y, pad_x), (step_y, step_x) = layer.padding, layer.stride
+    (size_y, size_x), (gap_y, gap_x) = layer.kernel_size, layer.dilation
+    padded = functional.pad(activations[0], (pad_x, pad_x, pad_y, pad_y))
+    patches = padded.unfold(2, gap_y * (size_y - 1) + 1, step_y)
+    patches = patches.unfold(3, gap_x * (size_x - 1) + 1, step_x)[..., ::gap_y, ::gap_x]
+    columns = patches.permute(0, 1, 4, 5, 2, 3).reshape(records, -1, height * width)
+    rows = backprops.reshape(records, channels, height * width)
+    weight = torch.bmm(rows, columns.transpose(1, 2)).view(records, *layer.weight.shape)
+    gradients: dict[Tensor, Tensor] = {layer.weight: weight}
+    if layer.bias is not None:
+        gradients[layer.bias] = rows.sum(dim=2)
+    return gradients
+
+
+RecordGradients.GRAD_SAMPLERS = {**GradSampleModule.GRAD_SAMPLERS, nn.Conv2d: conv2d_gradients}
+
+
+def _entry_parameters(module: nn.Module, example: Tensor) -> list[nn.Parameter]:
+    """The smallest parameter of each layer that the input reaches first.
+
+    Asking the backward pass for these alone still takes it through the output of every layer,
+    which is where the hooks sit.
+    """
+    entry: list[nn.Parameter] = []
+
+    def note(layer: nn.Module, inputs: tuple[object, ...]) -> None:
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
+            entry.append(min(layer.parameters(recurse=False), key=lambda p: p.numel()))
+
+    layers = [part for part in module.modules() if list(part.parameters(recurse=False))]
+    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    with torch.enable_grad():
+        module(example)
+    for handle in handles:
+        handle.remove()
+    return list(dict.fromkeys(entry))

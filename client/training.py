@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client.clipping import PatientClipper, forget_gradients, with_record_gradients
+from client.clipping import PatientClipper, RecordGradients, forget_gradients
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom
 from shared.config import require
@@ -138,10 +138,10 @@ class LocalTrainer:
             momentum=training.momentum,
             weight_decay=training.weight_decay,
         )
-        self._model: nn.Module = self.module
+        self._hooked: RecordGradients | None = None
         self._clipper: PatientClipper | None = None
         if self.private:
-            self._model = with_record_gradients(self.module)
+            self._hooked = RecordGradients(self.module, torch.zeros(1, *shape, device=self.device))
             self._clipper = PatientClipper(
                 self._sgd,
                 noise_multiplier=noise_multiplier,
@@ -288,12 +288,9 @@ class LocalTrainer:
         owners = torch.from_numpy(np.repeat(np.arange(len(patients)), counts)).to(self.device)
         shares = torch.from_numpy((1.0 / counts).astype(np.float32)).to(self.device)[owners]
         inputs = self._inputs[rows].to(self.device)
-        # Opacus' hooks need a gradient of the loss by every layer's output, which the gradient
-        # by the input passes through; torch then skips the summed weight gradients of its own.
-        inputs.requires_grad_(self._clipper is not None)
         loss = (self._losses(inputs, rows) * shares).sum()
-        if self._clipper is not None:
-            torch.autograd.backward(loss, inputs=[inputs])
+        if self._hooked is not None and self._clipper is not None:
+            self._hooked.backward(loss)
             self._clipper.add_patients(owners, len(patients))
         else:
             torch.autograd.backward(loss)
@@ -308,7 +305,7 @@ class LocalTrainer:
 
     def _losses(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """One loss a record, shape (records,)."""
-        logits = self._model(inputs)
+        logits = (self._hooked or self.module)(inputs)
         if logits.shape != (len(rows),):
             raise SensitivityError(
                 f"the model returns logits of shape {tuple(logits.shape)} for {len(rows)} "

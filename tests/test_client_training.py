@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from training_cases import make_data, make_plan
 
-from client.clipping import PatientClipper
+from client.clipping import RecordGradients
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer, binary_losses, choose_device, physical_batches
@@ -113,6 +113,7 @@ def test_memory_is_bounded_by_the_physical_batch() -> None:
     trainer = LocalTrainer(
         plan, "site-0", data, 1.0, "cpu", max_physical_records=4, build=lambda _: Watched()
     )
+    sizes.clear()
     trainer.train_round(initial_parameters(plan), ChaChaRandom(KEY), 1)
     assert sizes == [3, 6, 4, 2]  # the patient with six records is alone, and whole
 
@@ -288,6 +289,34 @@ def test_a_non_finite_gradient_counts_as_zero(weights: tuple[float, float, float
         np.testing.assert_allclose(total, clipped_sum(plan, good, start), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(3, 4, 3, stride=2, padding=1),
+        nn.Conv2d(3, 4, (3, 2), stride=(1, 3), padding=(0, 2), bias=False),
+        nn.Conv2d(3, 4, 3, dilation=(2, 1)),
+        nn.Conv2d(3, 4, 1),
+        nn.Conv2d(3, 4, 3, padding="same"),
+        nn.Conv2d(3, 6, 3, groups=3),
+    ],
+)
+def test_convolutions_give_each_records_own_gradient(layer: nn.Conv2d) -> None:
+    rng = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 3, 9, 8, generator=rng)
+    weights = torch.randn(layer(x).shape, generator=rng)
+    want = []
+    for i in range(4):
+        layer.zero_grad()
+        torch.autograd.backward((layer(x[i : i + 1]) * weights[i]).sum())
+        want.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    layer.zero_grad()
+    hooked = RecordGradients(layer, x[:1])
+    hooked.backward((hooked(x) * weights).sum())
+    for j, p in enumerate(layer.parameters()):
+        expected = torch.stack([w[j] for w in want])
+        torch.testing.assert_close(p.grad_sample, expected)  # type: ignore[attr-defined]
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -322,15 +351,15 @@ class Column(nn.Module):
         return logits
 
 
-class BarePiece(nn.Module):
-    """A parameter on a path that the records do not reach."""
+class OneRowForAll(nn.Module):
+    """A layer that sees one row for all records."""
 
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.shift = nn.Linear(5, 1), nn.Linear(1, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.linear(x) + self.shift(torch.ones(len(x), 1))
+        logits: Tensor = self.linear(x) + self.shift(torch.ones(1, 1))
         return logits.squeeze(1)
 
 
@@ -338,7 +367,7 @@ class BarePiece(nn.Module):
     ("build", "message"),
     [
         (Unused, "Use every parameter once"),
-        (BarePiece, "Use every parameter once"),
+        (OneRowForAll, "Use every parameter once"),
         (Flattened, "keep the records as the first dimension"),
         (Column, r"logits of shape \(\d+, 1\)"),
     ],
@@ -358,10 +387,10 @@ def test_opacus_alone_takes_the_flattened_rows_for_records() -> None:
     plan = make_plan(training={"sample_rate": 1.0}, privacy={"clip_norm": 0.01})
     module = Flattened()
     trainer = LocalTrainer(plan, "site-0", make_data(plan, 1), 1.0, "cpu", build=lambda _: module)
-    x = torch.ones(1, 5, requires_grad=True)
-    torch.autograd.backward(trainer._model(x).sum())
-    clipper = trainer._clipper
-    assert isinstance(clipper, PatientClipper)
+    hooked, clipper = trainer._hooked, trainer._clipper
+    assert hooked is not None
+    assert clipper is not None
+    hooked.backward(hooked(torch.ones(1, 5)).sum())
     clipper.clip_and_accumulate()
     moved = torch.cat([p.summed_grad.flatten() for p in module.parameters()]).norm()  # type: ignore[attr-defined]
     assert moved > 4.9 * 0.01
