@@ -11,8 +11,12 @@ accountant of our own. The distribution is rounded up to a grid of 1e-3, so the 
 out is never below the true one; a grid ten times finer lowers it in the fourth digit and takes
 about ten times as long.
 
+Studies that are chosen after seeing earlier results are held to a cap by a privacy filter over
+Rényi orders, `filtered_epsilon`; PRIVACY.md beside this file has the argument.
+
 Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1;
-Koskela et al., "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020.
+Koskela et al., "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020;
+Feldman and Zrnic, "Individual Privacy Accounting via a Rényi Filter", NeurIPS 2021.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
-from dp_accounting import NeighboringRelation, dp_event
+from dp_accounting import NeighboringRelation, PrivacyAccountant, dp_event
 from dp_accounting.pld import PLDAccountant
+from dp_accounting.rdp import RdpAccountant
 
 from shared.config import require
 from shared.errors import ConfigError
@@ -31,6 +37,10 @@ from shared.plan import StudyPlan
 
 GRID = 1e-3
 _LARGEST_MULTIPLIER = 100_000.0
+_SPARE_ORDERS = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 32.0, 64.0)
+
+Kinds = tuple[tuple[float, float, int], ...]
+"""(noise multiplier, sample rate, steps), merged and sorted: what a composition depends on."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +51,26 @@ class PrivacyEvent:
         noise_multiplier: Noise over clip norm, above 0.
         sample_rate: Chance of each patient in each step, above 0, at most 1.
         steps: How many were taken, empty draws included; 0 or more.
+        sampling: How patients were drawn. Shuffled batches are not Poisson samples, and their
+            epsilon is larger (Chua et al., "How Private are DP-SGD Implementations?", ICML 2024).
+        relation: Which datasets are neighbours; numbers of different relations do not add up.
     """
 
     noise_multiplier: float
     sample_rate: float
     steps: int
+    sampling: Literal["poisson"] = "poisson"
+    relation: Literal["add-or-remove"] = "add-or-remove"
 
     def __post_init__(self) -> None:
+        require(
+            self.sampling == "poisson",
+            f"sampling is {self.sampling!r}; the accounting covers Poisson draws alone",
+        )
+        require(
+            self.relation == "add-or-remove",
+            f"relation is {self.relation!r}; only 'add-or-remove' events can be composed here",
+        )
         sigma, rate = self.noise_multiplier, self.sample_rate
         require(0 < sigma <= _LARGEST_MULTIPLIER, f"noise_multiplier is {sigma:g}; above 0")
         require(0 < rate <= 1, f"sample_rate is {rate:g}; valid: above 0, at most 1")
@@ -67,13 +90,49 @@ def epsilon_of_events(events: Sequence[PrivacyEvent], delta: float) -> float:
     Raises:
         ConfigError: delta is out of range.
     """
-    require(0 < delta < 1, f"delta is {delta:g}; valid: above 0, below 1")
-    merged: dict[tuple[float, float], int] = {}
-    for event in events:
-        kind = (event.noise_multiplier, event.sample_rate)
-        merged[kind] = merged.get(kind, 0) + event.steps
-    kinds = tuple(sorted((s, q, steps) for (s, q), steps in merged.items() if steps))
+    kinds = _merged(events, delta)
     return _epsilon(kinds, delta) if kinds else 0.0
+
+
+def filtered_epsilon(events: Sequence[PrivacyEvent], cap: float, delta: float) -> float:
+    """What a privacy filter holds against `cap` when each event is chosen after seeing the others.
+
+    Args:
+        events: All that touched, or may still touch, the same patients.
+        cap: The epsilon that must never be passed, above 0; fixed before the first event.
+        delta: Above 0, below 1; it belongs to the whole.
+
+    Returns:
+        At most `cap` exactly where the filter admits all the events together; above it, how far
+        they are off. Where everything was fixed beforehand `epsilon_of_events` is the tighter
+        number.
+
+    Raises:
+        ConfigError: cap or delta is out of range.
+
+    Source: Feldman and Zrnic, NeurIPS 2021, theorem 4.3, for each order; PRIVACY.md for several.
+    """
+    require(cap > 0 and math.isfinite(cap), f"the cap is {cap:g}; above 0 and finite")
+    kinds = _merged(events, delta)
+    return _filtered(kinds, cap, delta) if kinds else 0.0
+
+
+def filter_orders(cap: float, delta: float) -> tuple[tuple[float, float], ...]:
+    """The filter's Rényi orders, each with its part of delta; the parts add up to delta.
+
+    Half goes to the order that lets the most of a plain Gaussian mechanism through; the rest is
+    shared by orders that suit small sample rates.
+    """
+    log_delta = math.log(delta / 2)
+
+    def capacity(order: float) -> float:
+        budget = cap - math.log1p(-1 / order) + (log_delta + math.log(order)) / (order - 1)
+        return budget / order
+
+    candidates = (1 + step / 8 for step in range(8, 4096))
+    best = max(candidates, key=capacity)
+    spare = delta / 2 / len(_SPARE_ORDERS)
+    return ((best, delta / 2), *((order, spare) for order in _SPARE_ORDERS))
 
 
 def epsilon_of(noise_multiplier: float, sample_rate: float, steps: int, delta: float) -> float:
@@ -202,15 +261,40 @@ def describe(plan: StudyPlan) -> str:
     )
 
 
+def _merged(events: Sequence[PrivacyEvent], delta: float) -> Kinds:
+    require(0 < delta < 1, f"delta is {delta:g}; valid: above 0, below 1")
+    merged: dict[tuple[float, float], int] = {}
+    for event in events:
+        kind = (event.noise_multiplier, event.sample_rate)
+        merged[kind] = merged.get(kind, 0) + event.steps
+    return tuple(sorted((s, q, steps) for (s, q), steps in merged.items() if steps))
+
+
 @lru_cache(maxsize=4096)
-def _epsilon(kinds: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _epsilon(kinds: Kinds, delta: float) -> float:
     accountant = PLDAccountant(
         NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=GRID
     )
+    _compose(accountant, kinds)
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=4096)
+def _filtered(kinds: Kinds, cap: float, delta: float) -> float:
+    return min(_at_order(kinds, order, part) for order, part in filter_orders(cap, delta))
+
+
+def _at_order(kinds: Kinds, order: float, delta: float) -> float:
+    """Epsilon by one fixed Rényi order (Canonne, Kamath and Steinke 2020, proposition 12)."""
+    accountant = RdpAccountant([order], NeighboringRelation.ADD_OR_REMOVE_ONE)
+    _compose(accountant, kinds)
+    return float(accountant.get_epsilon(delta))
+
+
+def _compose(accountant: PrivacyAccountant, kinds: Kinds) -> None:
     for sigma, rate, steps in kinds:
         one = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
         accountant.compose(dp_event.SelfComposedDpEvent(one, steps))
-    return float(accountant.get_epsilon(delta))
 
 
 def _sample_rate(plan: StudyPlan) -> float:
