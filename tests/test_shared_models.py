@@ -215,3 +215,14 @@ def test_a_registered_model_is_checked_and_needs_known_layers(
     monkeypatch.setitem(shared.models.BUILDERS, "odd", lambda _: nn.PReLU())
     with pytest.raises(ConfigError, match=r"\.weight is a parameter of a PReLU"):
         build_model(make_plan("odd"))
+
+
+def test_torchs_own_start_depends_on_the_plan_seed_alone_and_spares_the_global_state() -> None:
+    plan = make_plan("mlp", model={"init": "torch", "init_seed": 3})
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = initial_parameters(plan)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert np.array_equal(initial_parameters(plan), first)
+    assert not np.array_equal(initial_parameters(make_plan("mlp")), first)

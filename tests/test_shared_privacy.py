@@ -20,6 +20,7 @@ from shared.privacy import (
     epsilon_of,
     epsilon_of_events,
     noise_multiplier_of,
+    steps_of,
 )
 
 
@@ -130,6 +131,12 @@ def test_a_plan_without_multiplier_gets_one_for_all_its_steps() -> None:
     assert longer is not None
     assert sigma is not None
     assert longer > sigma
+
+
+def test_rounds_that_may_be_trained_again_are_paid_for_beforehand() -> None:
+    spare = make_plan(training={"rounds": 10, "spare_rounds": 5, "local_steps": 3})
+    assert steps_of(spare) == 45
+    assert noise_multiplier_of(spare) == calibrate(8.0, 1e-5, 0.5, 45)
 
 
 def test_a_plan_whose_multiplier_breaks_its_promise_is_refused() -> None:

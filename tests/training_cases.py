@@ -5,10 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch.nn import functional
 
 from client.data.dataset import PatientDataset
-from shared.models import input_shape
+from client.noise import ChaChaRandom
+from client.training import LocalTrainer
+from shared.models import build_model, initial_parameters, input_shape, load_parameters
+from shared.parameters import FlatVector
 from shared.plan import StudyPlan, from_table
+
+KEY = bytes(range(32))
+DIVISOR = 0.5 * 20  # sample_rate times expected_patients of make_plan
 
 
 def make_plan(
@@ -52,3 +60,34 @@ def make_data(
     inputs = rng.uniform(-1, 1, (len(owners), *input_shape(plan))).astype(np.float32)
     labels = rng.integers(0, 2, len(owners)).astype(np.int64)
     return PatientDataset(inputs, labels, owners, tuple(f"p{i}" for i in range(len(counts))))
+
+
+def clipped_sum(
+    plan: StudyPlan, data: PatientDataset, start: FlatVector | None = None, most: int | None = None
+) -> FlatVector:
+    """The sum before noise over all patients, as the trainer computes it."""
+    trainer = LocalTrainer(
+        plan, "site-0", data, 0.0, "cpu", max_physical_records=most, measuring=True
+    )
+    everyone = np.arange(data.patient_count)
+    start = initial_parameters(plan) if start is None else start
+    divisor = np.float32((plan.training.sample_rate or 1) * 20)
+    return trainer.gradient(start, everyone, ChaChaRandom(KEY)) * divisor
+
+
+def patient_gradients(plan: StudyPlan, data: PatientDataset, start: FlatVector) -> list[FlatVector]:
+    """Each patient's gradient by one ordinary backward pass: the definition."""
+    model = build_model(plan)
+    load_parameters(model, start)
+    gradients = []
+    for rows in data.records_of:
+        model.zero_grad()
+        losses = functional.binary_cross_entropy_with_logits(
+            model(torch.from_numpy(data.inputs[rows])),
+            torch.from_numpy(data.labels[rows].astype(np.float32)),
+            reduction="none",
+        )
+        torch.autograd.backward(losses.mean())
+        parts = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts).numpy().copy())
+    return gradients
