@@ -1,7 +1,8 @@
 """A site's long-lived Ed25519 identity: made once, pinned by every other site.
 
-Sites compare fingerprints outside the server (read over the phone). A signature always covers
-a context, so one made for a set-up message can never pass as one over a receipt.
+Sites compare fingerprints outside the server (read over the phone), or pin one project authority
+and take the certificates that it signed. A signature always covers a context, so one made for a
+set-up message can never pass as one over a receipt.
 
 Source: RFC 8032 (Ed25519); RFC 4648, section 6 (base32 of fingerprints).
 """
@@ -12,16 +13,32 @@ import base64
 import functools
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from shared.errors import ConfigError, ProtocolError
+from shared.messages import Fixed, Text, decode, encode, message
 
 PUBLIC_BYTES = 32
 SIGNATURE_BYTES = 64
+
+_CERTIFICATE = "site certificate"
+
+
+@message(0x0001)
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A project authority's word that a site of this name has this key."""
+
+    project: Annotated[str, Text()]
+    name: Annotated[str, Text()]
+    public: Annotated[bytes, Fixed(PUBLIC_BYTES)]
+    signature: Annotated[bytes, Fixed(SIGNATURE_BYTES)]
 
 
 class Identity:
@@ -134,6 +151,35 @@ def verify(public: bytes, context: str, payload: bytes, signature: bytes, *, who
         raise ProtocolError(
             f"{who}: the signature over its {context} does not hold under the key pinned for it"
         ) from None
+
+
+def issue_certificate(authority: Identity, *, project: str, name: str, public: bytes) -> bytes:
+    """Sign, as the project's authority, that the site `name` has the key `public`."""
+    blank = Certificate(project, name, public, bytes(SIGNATURE_BYTES))
+    signature = authority.sign(_CERTIFICATE, encode(blank))
+    return encode(Certificate(project, name, public, signature))
+
+
+def check_certificate(data: bytes, *, authority: bytes, project: str) -> Certificate:
+    """Believe a certificate that the pinned authority signed for this project.
+
+    Args:
+        data: The certificate's bytes, not trusted.
+        authority: The authority's public key, 32 bytes, pinned by this site.
+        project: The project that the certificate must be for.
+
+    Raises:
+        ProtocolError: malformed, of another project, or not by this authority.
+    """
+    certificate = decode(Certificate, data)
+    if certificate.project != project:
+        raise ProtocolError(
+            f"the certificate of {certificate.name} is for project {certificate.project}, "
+            f"not {project}"
+        )
+    blank = Certificate(project, certificate.name, certificate.public, bytes(SIGNATURE_BYTES))
+    verify(authority, _CERTIFICATE, encode(blank), certificate.signature, who=certificate.name)
+    return certificate
 
 
 @functools.lru_cache(maxsize=1024)

@@ -13,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, ProtocolError
-from shared.identity import Identity, fingerprint, verify
+from shared.identity import (
+    Identity,
+    check_certificate,
+    fingerprint,
+    issue_certificate,
+    verify,
+)
 
 # RFC 8032, section 7.1, TEST 1.
 SEED = bytes.fromhex("9d61b19deffd5a60ba844af492ec2cc44449c5697b326919703bac031cae7f60")
@@ -111,3 +117,26 @@ def test_the_private_key_is_not_shown() -> None:
     identity = Identity.from_bytes(SEED)
     assert SEED.hex() not in repr(identity)
     assert repr(SEED) not in repr(identity)
+
+
+def test_a_certificate_of_the_pinned_authority_names_a_site_and_its_key() -> None:
+    authority, site = Identity.generate(), Identity.generate()
+    data = issue_certificate(authority, project="heart", name="north", public=site.public)
+    certificate = check_certificate(data, authority=authority.public, project="heart")
+    assert (certificate.name, certificate.public) == ("north", site.public)
+
+
+def test_a_strangers_certificate_is_refused() -> None:
+    authority, stranger = Identity.generate(), Identity.generate()
+    data = issue_certificate(stranger, project="heart", name="north", public=stranger.public)
+    with pytest.raises(ProtocolError, match="north: the signature over its site certificate"):
+        check_certificate(data, authority=authority.public, project="heart")
+    true = issue_certificate(authority, project="heart", name="north", public=stranger.public)
+    with pytest.raises(ProtocolError, match="for project heart, not lungs"):
+        check_certificate(true, authority=authority.public, project="lungs")
+    moved = true.replace(b"north", b"south")
+    with pytest.raises(ProtocolError, match="south: the signature"):
+        check_certificate(moved, authority=authority.public, project="heart")
+    other_key = true.replace(stranger.public, authority.public)
+    with pytest.raises(ProtocolError, match="north: the signature"):
+        check_certificate(other_key, authority=authority.public, project="heart")
