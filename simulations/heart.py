@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
-from client.data.table import ColumnMapping, TableMapping, read_columns, read_table
+from client.data.table import ColumnMapping, TableMapping, read_table
 from shared.config import require
 from shared.plan import TaskPlan
 
@@ -81,7 +82,7 @@ def official_split(
     path = folder / SPLIT_FILE
     if not path.is_file():
         return _drawn_split(data)
-    table = read_columns(path, _MAPPING_OF_SPLIT, ["site", "source_row", "split"])
+    table = read_columns(path, ["site", "source_row", "split"])
     parts = {
         row: split
         for site, row, split in zip(*table.values(), strict=True)
@@ -94,9 +95,6 @@ def official_split(
     )
     is_train = np.array([parts[row] == "train" for row in data.patient_ids])
     return np.flatnonzero(is_train), np.flatnonzero(~is_train)
-
-
-_MAPPING_OF_SPLIT = TableMapping(one_row_per_patient=True)
 
 
 def _drawn_split(data: PatientDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -74,7 +75,17 @@ def _parts(hospitals: tuple[Hospital, ...]) -> tuple[NDArray[np.float32], ...]:
     return (*train, *test)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Two threads on a busy machine wait for each other ten times longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("one_thread")
 def test_pixels_alone_do_not_tell_but_a_small_cnn_does() -> None:
     scenario = load_scenario("nodules")
     x, y, x_test, y_test = _parts(load_hospitals(scenario.simulation, scenario.plan))

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
 from client.data.table import (
     ColumnMapping,
@@ -21,7 +22,6 @@ from client.data.table import (
     ReadingNotes,
     TableMapping,
     group_patients,
-    read_columns,
     read_labels,
     refuse_unusable_labels,
 )
@@ -99,8 +99,7 @@ def read_image_folder(folder: Path, mapping: ImageMapping, task: TaskPlan) -> Re
 
 def _from_table(folder: Path, table: Path, mapping: ImageMapping) -> _Listing:
     patient = [] if mapping.one_image_per_patient else [mapping.patient]
-    as_table = TableMapping(one_row_per_patient=True)
-    columns = read_columns(table, as_table, [mapping.file, mapping.label, *patient])
+    columns = read_columns(table, [mapping.file, mapping.label, *patient])
     root = folder.resolve()
     files = []
     for row, name in enumerate(columns[mapping.file], start=1):

@@ -7,26 +7,20 @@ number, never a value or an identifier: an engineer may have to send them to som
 
 from __future__ import annotations
 
-import csv
-import difflib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from client.data.columns import Texts, read_columns
 from client.data.dataset import PatientDataset
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import MISSING_CATEGORY, clamped_counts, encode
 from shared.plan import FeaturePlan, TaskPlan
-
-Texts = list[str]
-"""One column as stripped text, one entry per data row."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +144,7 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
         "Correct the name (it must be the plan's), or remove the entry.",
     )
     wanted = [label, *sources.values(), *([mapping.patient] if mapping.patient else [])]
-    table = read_columns(path, mapping, wanted)
+    table = read_columns(path, wanted, header=mapping.header, delimiter=mapping.delimiter)
     rows = len(table[label])
     require(rows > 0, f"{path} has no data rows. Check that the export is complete.")
 
@@ -162,27 +156,11 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
     keep = _complete_rows(path, labels, needed, mapping.drop_incomplete)
     refuse_unusable_labels(path, label, labels[keep], mapping.allow_one_class)
     columns = {name: values[keep] for name, values in columns.items()}
-    if mapping.patient:
-        names = _read_patients(path, table[mapping.patient], mapping)
-    else:
-        names = [str(row + 1) for row in range(rows)]
+    names = _read_patients(path, table, mapping, rows)
     ids, patients = group_patients([n for n, k in zip(names, keep.tolist(), strict=True) if k])
     data = PatientDataset(encode(task, columns, str(path)), labels[keep], patients, ids)
     notes = ReadingNotes(rows, rows - int(keep.sum()), clamped_counts(task, columns))
     return Reading(data, notes)
-
-
-def read_columns(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str, Texts]:
-    """The wanted columns of a file as stripped text; a Parquet null becomes an empty text.
-
-    Raises:
-        ConfigError: the file is missing or malformed, or a column is absent or there twice.
-    """
-    require(path.exists(), f"{path} does not exist. Check the path.")
-    require(path.is_file(), f"{path} is not a file. Give the CSV or Parquet file itself.")
-    if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, wanted)
-    return _read_csv(path, mapping, wanted)
 
 
 def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
@@ -296,7 +274,10 @@ def _codes(
     return codes
 
 
-def _read_patients(path: Path, texts: Texts, mapping: TableMapping) -> Texts:
+def _read_patients(path: Path, table: dict[str, Texts], mapping: TableMapping, rows: int) -> Texts:
+    if not mapping.patient:
+        return [str(row + 1) for row in range(rows)]
+    texts = table[mapping.patient]
     missing = set(mapping.missing)
     first = next((row for row, text in enumerate(texts, start=1) if text in missing), 0)
     require(
@@ -338,60 +319,3 @@ def _plain(text: str) -> str:
     except ValueError:
         return text
     return str(int(value)) if value.is_integer() else text
-
-
-def _read_csv(path: Path, mapping: TableMapping, wanted: list[str]) -> dict[str, Texts]:
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream, delimiter=mapping.delimiter, strict=True)
-            header = list(mapping.header) or [c.strip() for c in next(reader, [])]
-            positions = {name: _position(path, header, name) for name in wanted}
-            columns: dict[str, Texts] = {name: [] for name in wanted}
-            for row, cells in enumerate((r for r in reader if r), start=1):
-                if len(cells) != len(header):
-                    raise ConfigError(
-                        f"{path}: data row {row} has {len(cells)} cells, the header has "
-                        f"{len(header)}. Check the delimiter ({mapping.delimiter!r}) and quoting."
-                    )
-                for name, position in positions.items():
-                    columns[name].append(cells[position].strip())
-            return columns
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not UTF-8 text. Export it as UTF-8.") from None
-    except (OSError, csv.Error):
-        raise ConfigError(
-            f"{path} cannot be read as text separated by {mapping.delimiter!r}. Check the "
-            "file's permissions, quoting and delimiter."
-        ) from None
-
-
-def _read_parquet(path: Path, wanted: list[str]) -> dict[str, Texts]:
-    try:
-        header = pq.read_schema(path).names
-        for name in wanted:
-            _position(path, header, name)
-        table = pq.read_table(path, columns=sorted(set(wanted)))
-    except (OSError, pa.ArrowException):
-        raise ConfigError(
-            f"{path} is not a readable Parquet file. Export it again, or give a CSV."
-        ) from None
-    return {name: [_text(v) for v in table.column(name).to_pylist()] for name in wanted}
-
-
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return repr(value) if isinstance(value, float) else str(value).strip()
-
-
-def _position(path: Path, header: Sequence[str], name: str) -> int:
-    found = [i for i, column in enumerate(header) if column == name]
-    if not found:
-        close = difflib.get_close_matches(name, header, n=1)
-        hint = f" Did you mean {close[0]!r}?" if close else ""
-        raise ConfigError(
-            f"{path} has no column {name!r}.{hint} Say in the mapping which column it is "
-            f"(name = ..., column = ...), or export it."
-        )
-    require(len(found) == 1, f"{path} has {len(found)} columns named {name!r}. Rename one.")
-    return found[0]
