@@ -106,14 +106,17 @@ class Member:
         """
         return secagg_round.open_round(self._checked(), r0, model_hash)
 
-    def masked_input(self, ticket: RoundTicket, source: RingVector | Source) -> bytes:
+    def masked_input(
+        self, ticket: RoundTicket, source: RingVector | Source, *, threads: int = 1
+    ) -> bytes:
         """R1: the masked vector, signed.
 
         Args:
             ticket: From `open_round`; it serves once.
             source: uint32, shape (d,), below 2^bits, or a source that quantises as it is masked.
+            threads: 1 or 2, for large vectors.
         """
-        return secagg_round.masked_input(self._checked(), ticket, source)
+        return secagg_round.masked_input(self._checked(), ticket, source, threads)
 
     def agree(self, r2: bytes) -> bytes:
         """R2: this site's one signature over U3; with its self-mask shares if nobody is missing.

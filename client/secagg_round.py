@@ -97,7 +97,9 @@ def open_round(site: Site, r0: bytes, model_hash: bytes) -> RoundTicket:
     return RoundTicket(descriptor.round, digest, descriptor.cohort, None)
 
 
-def masked_input(site: Site, ticket: RoundTicket, source: RingVector | Source) -> bytes:
+def masked_input(
+    site: Site, ticket: RoundTicket, source: RingVector | Source, threads: int
+) -> bytes:
     """R1: mask, sign; own keys of this round are erased, the answer is kept for a reconnection."""
     current = _current(site, ticket.digest, OPENED)
     descriptor = decode(Descriptor, current.descriptor)
@@ -113,7 +115,7 @@ def masked_input(site: Site, ticket: RoundTicket, source: RingVector | Source) -
         vector[:] = source
     else:
         fused = source
-    add_masks(vector, plus, minus, session.bits, source=fused, prg=session.prg)
+    add_masks(vector, plus, minus, session.bits, source=fused, threads=threads, prg=session.prg)
     wire = session.ring.to_wire(vector)
     root = merkle.root(wire, session.chunk_bytes)
     signed = transcript.masked_digest(current.digest, site.name, root)

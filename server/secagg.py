@@ -206,15 +206,15 @@ class Relay:
         """Take one site's answer to R3; ProtocolError names the site."""
         self._open().add_release(name, reply)
 
-    def unmask(self) -> RingVector:
+    def unmask(self, *, threads: int = 1) -> RingVector:
         """The sum over U3, uint32 (d,); CohortError, or ProtocolError that names a liar."""
-        return self._open().unmask()
+        return self._open().unmask(threads)
 
     def publish(self) -> bytes:
         """The Result for all sites; ends the round."""
         ended = self._open()
         result, self.transcript = ended.result()
-        self._rechecks = Rechecks(self.session, ended.keep(self.transcript))
+        self._rechecks = ended.rechecks(self.transcript)
         self._round = None
         return result
 

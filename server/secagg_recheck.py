@@ -41,13 +41,15 @@ class Kept:
 class Rechecks:
     """Who recomputes which chunks of one published sum, and who has."""
 
-    def __init__(self, session: Session, kept: Kept) -> None:
-        """Hash the vectors once, for all packages."""
+    def __init__(
+        self, session: Session, kept: Kept, trees: Mapping[str, merkle.Tree] | None = None
+    ) -> None:
+        """Hash the vectors once for all packages, unless `trees` has their hashes."""
         self.kept = kept
         self._session = session
         self._names = tuple(entry.name for entry in kept.contributions)
         size = session.chunk_bytes
-        self._trees = {name: merkle.Tree(wire, size) for name, wire in kept.wires.items()}
+        self._trees = trees or {name: merkle.Tree(wire, size) for name, wire in kept.wires.items()}
         self._total_tree = merkle.Tree(kept.total, size)
         self._held: list[set[str]] = [
             set() for _ in range(merkle.chunk_count(session.vector_bytes, size))

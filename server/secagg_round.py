@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from server.secagg_recheck import Kept
+from server.secagg_recheck import Kept, Rechecks
 from server.secagg_setup import Batch, check_value, commitments, shares_tag, wrapped_keys
 from shared.errors import CohortError, ProtocolError
 from shared.identity import verify
@@ -50,6 +50,7 @@ class RelayRound:
         self._inputs_open = True
         self._sum = np.zeros(session.length, np.uint32)
         self._wires: dict[str, bytes] = {}
+        self._trees: dict[str, merkle.Tree] = {}
         self._contributions: dict[str, Contribution] = {}
         self._included = b""
         self._signatures: dict[str, bytes] = {}
@@ -81,7 +82,8 @@ class RelayRound:
                 f"{name}: a vector of {len(answer.vector)} bytes came, not of "
                 f"{self._session.vector_bytes}"
             )
-        if merkle.root(answer.vector, self._session.chunk_bytes) != answer.root:
+        tree = merkle.Tree(answer.vector, self._session.chunk_bytes)
+        if tree.root != answer.root:
             raise ProtocolError(f"{name}: the vector is not the one that its root names")
         signed = transcript.masked_digest(self.digest, name, answer.root)
         verify(self._session.public[name], transcript.MASKED, signed, answer.signature, who=name)
@@ -92,6 +94,7 @@ class RelayRound:
             raise ProtocolError(f"{name}: sent two different vectors for one round")
         self._contributions[name] = Contribution(name, answer.root, answer.signature)
         self._wires[name] = answer.vector
+        self._trees[name] = tree
         self._session.ring.add_wire(self._sum, answer.vector)
         return answer.refill, answer.attestation
 
@@ -176,7 +179,7 @@ class RelayRound:
         self._self_shares[name] = answer.self_shares
         self._recovery_shares[name] = answer.recovery_shares
 
-    def unmask(self) -> RingVector:
+    def unmask(self, threads: int) -> RingVector:
         """Open U3's self masks and the dropped sites' pair masks, and take them off the sum.
 
         Raises:
@@ -205,7 +208,8 @@ class RelayRound:
         )
         # Unmasking twice would be wrong; the sum is not needed with masks any more.
         self.total, self._sum = self._sum, np.zeros(0, np.uint32)
-        add_masks(self.total, plus, minus, self._session.bits, prg=self._session.prg)
+        session = self._session
+        add_masks(self.total, plus, minus, session.bits, threads=threads, prg=session.prg)
         return self.total
 
     def result(self) -> tuple[bytes, bytes]:
@@ -218,11 +222,11 @@ class RelayRound:
         entries = tuple(self._contributions[name] for name in self.contributors)
         return encode(Result(self.descriptor, entries, self._certificate(), wire)), after
 
-    def keep(self, after: bytes) -> Kept:
-        """What rechecks need of this round, which led to transcript `after`."""
+    def rechecks(self, after: bytes) -> Rechecks:
+        """The recheck of this round's sum, which led to transcript `after`."""
         if self.total is None:
             raise ProtocolError(f"round {self.what.round} is not unmasked yet")
-        return Kept(
+        kept = Kept(
             digest=self.digest,
             after=after,
             contributions=tuple(self._contributions[name] for name in self.contributors),
@@ -231,6 +235,7 @@ class RelayRound:
             self_keys=self._self_keys,
             recovered=self._recovered,
         )
+        return Rechecks(self._session, kept, self._trees)
 
     def _expect(self, name: str, expected: tuple[str, ...]) -> None:
         if name not in expected:
