@@ -71,7 +71,7 @@ def _local(
         own[hospital.name] = evaluate(plan, model, hospital.test, device)
     keys = [k for k in pooled[0] if all(k in m for m in pooled)]
     mean = {k: float(np.mean([m[k] for m in pooled])) for k in keys}
-    return {"metrics": mean, "per_site": own, "tested_on": "pooled"}
+    return {"metrics": mean, "per_site": own}
 
 
 def _without_privacy(plan: StudyPlan) -> StudyPlan:

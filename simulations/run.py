@@ -10,9 +10,11 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from client.app import forget_sites
 from client.run import check_once
@@ -25,6 +27,7 @@ from server.rounds import Observer, StudyOutcome
 from server.transport import GridTransport
 from shared.config import require
 from shared.errors import CohortError
+from shared.models import build_model, parameter_spec
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import noise_multiplier_of
@@ -37,6 +40,9 @@ from simulations.sites import write_sites
 
 POLL_S = 0.01
 """Seconds between two looks for answers; in this process they are there at once."""
+
+SMALL_MODEL = 200_000
+"""Parameters below which one thread trains fastest."""
 
 EXACT_WARNING = (
     "Metrics are exact, without noise: allowed because these hospitals are simulated. Counts, "
@@ -88,10 +94,17 @@ def prepare(scenario: Scenario, options: RunOptions) -> PreparedRun:
         not (options.out / "results.json").exists(),
         f"{options.out} already holds a run. Give another folder with --out.",
     )
+    _fit_threads(scenario.plan)
     hospitals = load_hospitals(scenario.simulation, scenario.plan)
     noise_multiplier_of(scenario.plan)
     check_once(scenario.plan, options.device)
     return PreparedRun(scenario, hospitals, options)
+
+
+def _fit_threads(plan: StudyPlan) -> None:
+    """Small models are slower on several threads, ten times so where the machine is shared."""
+    if parameter_spec(build_model(plan)).length < SMALL_MODEL:
+        torch.set_num_threads(1)
 
 
 def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
@@ -215,10 +228,7 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
         "device": str(choose_device(run.options.device)),
         "started": f"{done.started:%Y-%m-%dT%H:%M:%SZ}",
         "wall_s": done.wall_s,
-        "data": {
-            "source": simulation.source,
-            "description": describe_source(simulation.source),
-        },
+        "data": {"source": simulation.source} | asdict(_ORIGINS[simulation.source]),
         "warnings": [EXACT_WARNING],
     }
     fields["final"] |= {"exact": True, "per_site": _per_site(run, done.outcome.state.parameters)}
@@ -229,16 +239,26 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     return build_results(**fields)
 
 
-def describe_source(source: str) -> str:
-    """One line on where the patients come from."""
-    return {
-        "breast-cancer": "Wisconsin diagnostic breast cancer, 569 real patients (scikit-learn)",
-        "nodules": "Drawn chest-like images, synthetic: no patient was ever photographed",
-        "heart": "UCI heart disease, four real hospitals",
-        "npz": "MedMNIST-format file",
-        "csv": "The user's own tables",
-        "image-folder": "The user's own images",
-    }.get(source, source)
+@dataclass(frozen=True)
+class _Origin:
+    """Where a source's patients come from, and under which licence their data may be used."""
+
+    description: str
+    licence: str
+
+
+_UNKNOWN = "as agreed with the data's owner"
+_ORIGINS = {
+    "breast-cancer": _Origin(
+        "Wisconsin diagnostic breast cancer, 569 real patients (UCI, shipped with scikit-learn)",
+        "CC BY 4.0",
+    ),
+    "nodules": _Origin("Drawn chest-like images, synthetic: no patient was photographed", "none"),
+    "heart": _Origin("UCI heart disease, four real hospitals", "CC BY 4.0"),
+    "npz": _Origin("MedMNIST-format file", _UNKNOWN),
+    "csv": _Origin("The user's own tables", _UNKNOWN),
+    "image-folder": _Origin("The user's own images", _UNKNOWN),
+}
 
 
 def _add_times(
