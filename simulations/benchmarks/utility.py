@@ -15,6 +15,7 @@ comparison.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
@@ -31,20 +32,22 @@ from simulations.scenario import Scenario, load_scenario
 
 METRICS = ("auroc", "accuracy")
 
-SETTINGS: dict[str, tuple[str, ...]] = {
+_HEART = (
+    "training.rounds=40",
+    "training.local_steps=2",
+    "training.sample_rate=0.5",
+    "training.learning_rate=2.0",
+)
+SETTINGS: dict[str, tuple[tuple[float, tuple[str, ...]], ...]] = {
     "heart": (
-        "training.rounds=40",
-        "training.local_steps=1",
-        "training.sample_rate=0.5",
-        "training.learning_rate=2.0",
-        "privacy.clip_norm=0.25",
+        (2.0, (*_HEART, "privacy.clip_norm=0.25")),
+        (math.inf, (*_HEART, "privacy.clip_norm=0.5")),
     ),
 }
-"""Settings that replace a scenario's own, the same for every epsilon, and shown in the table.
+"""Scenario -> (up to this epsilon, settings that replace the scenario's own); shown in the table.
 
-Those of `heart` were chosen on a part of the training patients alone, from rounds 5 to 40, steps
-1 to 5, rates 0.3 to 1, learning rates 0.25 to 8 and clip norms 0.25 to 1: at epsilon 1 less noise
-in fewer steps counts most, and from 2 on nothing in that grid is better by more than 0.002.
+They are public, like all of a plan. Those of `heart` are the best or within 0.001 AUROC of it
+among 22, on 60 random splits that none of the seeds here draws, in a model of the training alone.
 """
 
 
@@ -107,7 +110,8 @@ def _scenario(chosen: argparse.Namespace, epsilon: float, seed: int) -> Scenario
         overrides.append(f'simulation.folder="{_folder(chosen.data)}"')
     if chosen.quick:
         overrides.append("training.rounds=2")
-    settings = SETTINGS.get(chosen.scenario, ())
+    table = SETTINGS.get(chosen.scenario, ())
+    settings = next((lines for limit, lines in table if epsilon <= limit), ())
     return load_scenario(chosen.scenario, [*overrides, *settings, *chosen.overrides])
 
 
