@@ -73,7 +73,9 @@ class ChaChaRandom:
         """Independent standard normal numbers, float32, shape (count,).
 
         The radius comes from 64 bits, so values up to 9.4 occur with their true probability;
-        the angle comes from 32.
+        the angle comes from 32. The values are float32, so their last bits could tell a little
+        about what they were added to (Mironov, CCS 2012); what a site sends is therefore rounded
+        to the ring's coarse integers, which is no full proof against it.
 
         Source: Box and Muller, "A note on the generation of random normal deviates", Annals of
         Mathematical Statistics 29 (1958).
