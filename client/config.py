@@ -1,10 +1,11 @@
-"""A site's folder: its settings, its identity, the roster that it pinned, the plans it approved.
+"""A site's folder: its settings, its identity, the roster that it pinned, its books.
 
 site.toml          settings, see SiteConfig
 identity.pem       the site's Ed25519 key, readable by its owner alone
 roster.json        site name -> public key in hex, pinned by this site
-approved/SHA256    one empty file for each plan that this site approved
-ledger.db          what its patients have spent
+policy.toml        what this site allows; without it nothing runs
+ledger.db          which plans it approved, and what its patients have spent
+patients.key       turns patients' identifiers into the ledger's hashes
 runs/RUN/          state of one run, and its log
 """
 
@@ -15,10 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from client.consent import Books, SiteFacts
 from shared.config import parse, read_toml, require
-from shared.errors import ConfigError, PolicyError
+from shared.errors import ConfigError
 from shared.identity import PUBLIC_BYTES, Identity
-from shared.plan import StudyPlan
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class PreparedData:
 class SiteConfig:
     """`site.toml`: what this site is and where its data lie.
 
+    `dataset` names the [[dataset]] of policy.toml whose limits hold for these data.
     `simulation` marks a pretended hospital. Only such a site trains without privacy, releases
     exact evaluation counts, takes its randomness from `random_key`, and skips waiting for the
     disk at every write.
@@ -40,6 +42,7 @@ class SiteConfig:
 
     name: str
     data: PreparedData
+    dataset: str = "default"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_physical_records: int | None = None
     simulation: bool = False
@@ -85,16 +88,17 @@ class SiteFolder:
         )
         return roster
 
-    def approve(self, plan: StudyPlan) -> None:
-        """Note that this site agrees to run exactly this plan."""
-        folder = self.path / "approved"
-        folder.mkdir(exist_ok=True)
-        (folder / plan.sha256).touch()
+    def books(self, config: SiteConfig, identity: Identity) -> Books:
+        """Policy, ledger and patients' key.
 
-    def require_approved(self, plan: StudyPlan) -> None:
-        """Raise PolicyError unless this very plan was approved here."""
-        if not (self.path / "approved" / plan.sha256).exists():
-            raise PolicyError(
-                f"plan {plan.name!r} with sha256 {plan.sha256} is not approved at this site; "
-                "a changed byte needs a new approval."
-            )
+        Raises:
+            PolicyError: a file that holds the site's past is gone.
+            ConfigError: the roster is missing or malformed.
+        """
+        facts = SiteFacts(
+            name=config.name,
+            dataset=config.dataset,
+            simulation=config.simulation,
+            roster=self.roster(),
+        )
+        return Books(self.path, identity, facts)

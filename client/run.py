@@ -10,16 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.config import SiteConfig, SiteFolder
+from client.consent import Books
 from client.data.dataset import PatientDataset
 from client.data.prepared import read_prepared
 from client.guard import check_sensitivity
-from client.ledger import Charge, Ledger
+from client.ledger import Charge
 from client.noise import ChaChaRandom
+from client.patients import Population
 from client.secagg import Member, RoundTicket
 from client.store import Prefixed, RunStore
 from client.training import LocalTrainer
 from shared import plan as plans
-from shared.errors import ConfigError, PolicyError, ProtocolError
+from shared.errors import ConfigError, ProtocolError
 from shared.identity import Identity
 from shared.metrics import score_histogram
 from shared.models import build_model, initial_parameters, input_shape, parameter_spec
@@ -39,14 +41,15 @@ class SiteRun:
         folder: SiteFolder,
         config: SiteConfig,
         identity: Identity,
-        ledger: Ledger,
+        books: Books,
         run_id: str,
         store: RunStore,
         plan: StudyPlan | None,
     ) -> None:
         """Open a run; `plan` is given when the site joins and else read from the store."""
         self.config, self.run_id, self.store = config, run_id, store
-        self._folder, self._identity, self._ledger = folder, identity, ledger
+        self._folder, self._identity, self._books = folder, identity, books
+        self._ledger = books.ledger
         if plan is None:
             plan = plans.from_bytes(store["plan"])
         self.plan = plan
@@ -91,11 +94,21 @@ class SiteRun:
         return LocalTrainer(
             self.plan,
             self.config.name,
-            self._data("train"),
+            self.train_data,
             self.noise_multiplier,
             device=self.config.device,
             max_physical_records=self.config.max_physical_records,
         )
+
+    @functools.cached_property
+    def train_data(self) -> PatientDataset:
+        """The site's training patients."""
+        return self._data("train")
+
+    @functools.cached_property
+    def _population(self) -> Population:
+        """Whom training draws from: those very records, not what a file holds by now."""
+        return self._books.population(self.train_data.patient_ids)
 
     @functools.cached_property
     def test_data(self) -> PatientDataset:
@@ -161,7 +174,11 @@ class SiteRun:
     def _reserve(self, ticket: RoundTicket) -> Charge | None:
         training = self.plan.training
         if self.noise_multiplier is None or training.sample_rate is None or not self._trains():
+            self._books.admit(self.plan, self.run_id, None)
             return None
+        if "ledger_head" in self.store:
+            self._ledger.require_head(self.store["ledger_head"], f"run {self.run_id}")
+        limit = self._books.admit(self.plan, self.run_id, self._population)
         charge = Charge(
             run=self.run_id,
             plan_sha256=self.plan.sha256,
@@ -170,14 +187,10 @@ class SiteRun:
             noise_multiplier=self.noise_multiplier,
             sample_rate=training.sample_rate,
             steps=training.local_steps,
+            population=self._population.digest,
         )
-        self._ledger.reserve(charge)
-        spent = self._ledger.steps(self.run_id)
-        if spent > training.charged_steps:
-            raise PolicyError(
-                f"round {ticket.round} would be local step {spent} of this run; the plan's "
-                f"epsilon covers {training.charged_steps}. Plan more spare_rounds."
-            )
+        self._ledger.reserve(charge, limit=limit)
+        self.store["ledger_head"] = self._ledger.head
         return charge
 
     def _train(self, round_no: int) -> tuple[FlatVector, dict[str, object]]:
@@ -216,6 +229,7 @@ class SiteRun:
             epsilon=float(spent),
             noise_multiplier=float(sigma),
             sample_rate=float(rate) if sigma else 0.0,
+            ledger_head=self._ledger.head_of_run(self.run_id),
         )
 
 

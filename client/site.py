@@ -11,12 +11,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from client.config import SiteConfig, SiteFolder
-from client.ledger import Ledger
+from client.config import SiteFolder
 from client.run import SiteRun
 from client.store import RunStore
 from shared import plan as plans
-from shared.errors import ConfigError, PolicyError, ProtocolError
+from shared.errors import ProtocolError
 from shared.messages import decode, encode
 from shared.plan import StudyPlan
 from shared.study import (
@@ -42,11 +41,12 @@ class Site:
 
         Raises:
             ConfigError: settings, identity or roster are missing or wrong.
+            PolicyError: the ledger or its key is gone.
         """
         self.folder = SiteFolder(folder)
         self.config = self.folder.config()
         self.identity = self.folder.identity()
-        self.ledger = Ledger(folder / "ledger.db", durable=not self.config.simulation)
+        self.books = self.folder.books(self.config, self.identity)
         self._runs: dict[str, SiteRun] = {}
         self._actions: dict[str, Callable[[bytes], bytes]] = {
             "join": self._join,
@@ -70,8 +70,10 @@ class Site:
             The answer; whatever must never happen twice is on disk by then.
 
         Raises:
+            PolicyError: policy.toml is missing or unusable; then no message is answered.
             FedwardError: the message is refused; nothing but the error's class may be told.
         """
+        self.books.policy.read()
         if action not in self._actions:
             raise ProtocolError(f"unknown action {action!r}")
         return self._actions[action](body)
@@ -79,8 +81,8 @@ class Site:
     def _join(self, body: bytes) -> bytes:
         request = decode(Join, body)
         plan = plans.from_bytes(request.plan)
-        self.folder.require_approved(plan)
-        refuse_unless_allowed(plan, self.config)
+        self.books.require_approved(plan, request.run_id)
+        self.books.allow(plan)
         run = self._open(request.run_id, plan)
         with run.transaction():
             advertise = run.member.advertise()
@@ -136,6 +138,7 @@ class Site:
         with run.transaction():
             run.accept(request.results)
             run.member.settle(request.settlement)
+            self.books.ledger.close_run(request.run_id)
             receipt = encode(run.receipt())
         signature = self.identity.sign("receipt", receipt)
         return encode(SignedReceipt(receipt=receipt, signature=signature))
@@ -163,7 +166,7 @@ class Site:
             folder=self.folder,
             config=self.config,
             identity=self.identity,
-            ledger=self.ledger,
+            books=self.books,
             run_id=run_id,
             store=store,
             plan=plan,
@@ -173,25 +176,3 @@ class Site:
         if not _RUN_ID.fullmatch(run_id):
             raise ProtocolError("a run id has 1 to 64 letters, digits and hyphens")
         return self.folder.path / "runs" / run_id
-
-
-def refuse_unless_allowed(plan: StudyPlan, config: SiteConfig) -> None:
-    """Refuse what only a simulated hospital may do.
-
-    Raises:
-        PolicyError: no privacy, or exact evaluation counts, at a real site.
-        ConfigError: this site is not in the plan.
-    """
-    if config.name not in plan.cohort.names:
-        raise ConfigError(
-            f"site {config.name!r} is not in plan {plan.name!r} ({', '.join(plan.cohort.names)})"
-        )
-    if config.simulation:
-        return
-    if plan.privacy.mode == "none":
-        raise PolicyError("the plan has privacy mode 'none'; no real site trains without privacy")
-    if plan.evaluation.release == "exact":
-        raise PolicyError(
-            "the plan releases exact counts of test patients; only simulations may. "
-            "Set evaluation.release to 'none'."
-        )

@@ -120,6 +120,8 @@ class Receipt:
 
     Every number follows from the plan and the rounds that this site trained; none depends on
     a patient. `epsilon`, `noise_multiplier` and `sample_rate` are 0 where privacy is off.
+    `ledger_head` is the link of the site's ledger that ended this run: kept by others, it shows
+    later whether the ledger was replaced by an older copy.
     """
 
     run_id: Annotated[str, Text()]
@@ -132,6 +134,7 @@ class Receipt:
     epsilon: Annotated[float, Real()]
     noise_multiplier: Annotated[float, Real()]
     sample_rate: Annotated[float, Real()]
+    ledger_head: Annotated[bytes, Fixed(32)]
 
 
 @message(0x5308)

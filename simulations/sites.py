@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from client.config import SiteFolder
 from client.data.prepared import write_prepared
 from client.noise import simulation_key
-from shared.identity import Identity
+from client.policy import DAYS, FILE_NAME, SCHEMA
+from shared.identity import Identity, fingerprint
 from shared.plan import StudyPlan
+from shared.privacy import noise_multiplier_of
 from simulations.hospitals import Hospital
 
 
 def write_sites(
     base: Path, plan: StudyPlan, hospitals: Sequence[Hospital], *, seed: int, device: str
 ) -> dict[str, bytes]:
-    """Write one folder for each hospital under `base`, with the plan approved.
+    """Write one folder for each hospital under `base`, with a policy and the plan approved.
 
     Args:
         base: Holds patients' data while the simulation runs; remove it afterwards.
@@ -40,8 +43,44 @@ def write_sites(
         pinned = {name: public.hex() for name, public in roster.items()}
         (folder / "roster.json").write_text(json.dumps(pinned, indent=2), encoding="utf-8")
         (folder / "site.toml").write_text(_settings(hospital.name, seed, device), encoding="utf-8")
-        SiteFolder(folder).approve(plan)
+        (folder / FILE_NAME).write_text(_policy(plan, roster), encoding="utf-8")
+        (folder / FILE_NAME).chmod(0o600)
+        _approve(SiteFolder(folder), plan, hospital)
     return roster
+
+
+def _approve(folder: SiteFolder, plan: StudyPlan, hospital: Hospital) -> None:
+    """The officer's part: the budget and the policy decide as at a real site."""
+    with closing(folder.books(folder.config(), folder.identity())) as books:
+        books.approve(plan, books.population(hospital.train.patient_ids))
+
+
+def _policy(plan: StudyPlan, roster: Mapping[str, bytes]) -> str:
+    """A policy that allows this plan and nothing beyond."""
+    private = plan.privacy.mode != "none"
+    epsilon, delta, clip = plan.privacy.promise if private else (1e-3, 1e-9, 1e-3)
+    cohort = plan.cohort
+    settings: dict[str, object] = {
+        "name": "default",
+        "max_epsilon": epsilon,
+        "max_delta": delta,
+        "composition": "filter",
+        "min_noise_multiplier": noise_multiplier_of(plan) or 1.0,
+        "max_clip_norm": clip,
+        "modes": [plan.privacy.mode],
+        "min_sites": cohort.threshold,
+        "min_honest": cohort.threshold - cohort.colluders,
+        "roster": [fingerprint(roster[name]) for name in cohort.names],
+        "models": [plan.model.name],
+        "tasks": [plan.task.kind],
+        "evaluation": [plan.evaluation.release],
+        "hours": ["00:00-24:00"],
+        "days": list(DAYS),
+        "rows_are_patients": False,
+    }
+    # JSON's numbers, texts, lists and truth values are TOML's, too.
+    lines = [f"{key} = {json.dumps(value)}" for key, value in settings.items()]
+    return "\n".join([f'schema = "{SCHEMA}"', "[[dataset]]", *lines, ""])
 
 
 def _settings(name: str, seed: int, device: str) -> str:

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from client.app import forget_sites
-from client.config import SiteConfig
-from client.site import Site, refuse_unless_allowed
+from client.site import Site
 from shared.errors import CohortError, PolicyError
 from shared.messages import decode, encode
 from shared.plan import StudyPlan
@@ -258,17 +257,3 @@ def test_a_plan_that_was_not_approved_is_refused(
     site.handle("join", encode(Join(run_id="r1", plan=scenario.plan.canonical_bytes)))
     with pytest.raises(PolicyError, match="not approved"):
         site.handle("join", encode(Join(run_id="r2", plan=change(scenario.plan).canonical_bytes)))
-
-
-def test_a_real_site_neither_trains_without_privacy_nor_releases_exact_counts(
-    scenario: Scenario, site_folders: Path
-) -> None:
-    settings = Site(site_folders / "city").config
-    real: SiteConfig = replace(settings, simulation=False, random_key=None)
-    with pytest.raises(PolicyError, match="exact counts"):
-        refuse_unless_allowed(scenario.plan, real)
-    quiet = replace(scenario.plan, evaluation=replace(scenario.plan.evaluation, release="none"))
-    refuse_unless_allowed(quiet, real)
-    open_plan = replace(quiet, privacy=replace(quiet.privacy, mode="none"))
-    with pytest.raises(PolicyError, match="without privacy"):
-        refuse_unless_allowed(open_plan, real)
