@@ -49,6 +49,23 @@ def test_deleted_values_are_gone_from_the_file(tmp_path: Path) -> None:
     assert secret not in (tmp_path / "state.db").read_bytes()
 
 
+@pytest.mark.parametrize("size", [64, 100_000], ids=["in its row", "on pages of its own"])
+@pytest.mark.parametrize("after", [1.0, 0.5, 2.0], ids=["as long", "shorter", "longer"])
+def test_a_value_that_was_replaced_is_gone_from_the_file(
+    tmp_path: Path, size: int, after: float
+) -> None:
+    store = RunStore(tmp_path / "state.db")
+    secret, new = b"s3cr" * (size // 4), b"new." * int(after * size // 4)
+    with store.transaction():
+        store["key"], store["other"] = secret, b"other"
+    with store.transaction():
+        store["key"] = new
+    store._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    store.close()
+    assert b"s3cr" not in (tmp_path / "state.db").read_bytes()
+    assert dict(RunStore(tmp_path / "state.db")) == {"key": new, "other": b"other"}
+
+
 def test_a_prefix_sees_its_own_names_alone(tmp_path: Path) -> None:
     store = RunStore(tmp_path / "state.db")
     with store.transaction():
