@@ -61,7 +61,7 @@ class DatasetPolicy:
     composition: Literal["filter", "schedule"]
     min_noise_multiplier: float
     max_clip_norm: float
-    modes: tuple[Literal["local", "none"], ...]
+    modes: tuple[Literal["local", "distributed", "none"], ...]
     min_sites: int
     min_honest: int
     roster: tuple[str, ...]

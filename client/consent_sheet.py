@@ -1,0 +1,118 @@
+"""What the officer reads before agreeing to a plan, as plain text."""
+
+from __future__ import annotations
+
+import textwrap
+
+from client.budget import Cost
+from client.consent import SiteFacts
+from client.policy import DatasetPolicy
+from shared.identity import fingerprint
+from shared.models import build_model, parameter_spec
+from shared.plan import StudyPlan
+from shared.privacy import describe, noise_multiplier_of
+
+
+def sheet(
+    plan: StudyPlan,
+    limits: DatasetPolicy,
+    cost: Cost,
+    facts: SiteFacts,
+    sensitivity: float | None,
+) -> str:
+    """All that one agrees to, and what it costs.
+
+    Args:
+        plan: The plan.
+        limits: The policy of the dataset.
+        cost: From `Books.consider`.
+        facts: The site's name and the identities that it pinned.
+        sensitivity: Of the guard, in units of the clip norm; None where it was not measured.
+    """
+    blocks = [
+        [f"Plan {plan.name}", f"sha256 {plan.sha256}", *_wrapped(plan.description)],
+        ["What is learnt", *_learnt(plan)],
+        ["Who takes part", *_cohort(plan, facts)],
+        ["What leaves this hospital", *_leaves(plan)],
+        ["What it promises each patient", *_wrapped(describe(plan)), *_guard(sensitivity)],
+        ["What it costs the patients of this site", *_cost(plan, limits, cost)],
+    ]
+    return "\n\n".join("\n  ".join(block) for block in blocks)
+
+
+def _learnt(plan: StudyPlan) -> list[str]:
+    task, training = plan.task, plan.training
+    image = task.image
+    inputs = (
+        f"images of {image.channels} x {image.height} x {image.width}"
+        if image is not None
+        else f"{len(task.features)} features: {', '.join(f.name for f in task.features)}"
+    )
+    size = parameter_spec(build_model(plan)).length
+    return [
+        *_wrapped(f"{task.label!r} ({task.kind}; positive: {task.positive!r}) from {inputs}"),
+        f"model {plan.model.name}, {size} parameters, optimiser {plan.optimizer.name}",
+        f"{training.rounds} rounds of {training.local_steps} local steps"
+        + (f", and up to {training.spare_rounds} repeated" if training.spare_rounds else ""),
+    ]
+
+
+def _cohort(plan: StudyPlan, facts: SiteFacts) -> list[str]:
+    cohort = plan.cohort
+    n, t, c = len(cohort.names), cohort.threshold, cohort.colluders
+    lines = [
+        f"{name:<20} {fingerprint(facts.roster[name])}{'   this site' * (name == facts.name)}"
+        for name in cohort.names
+    ]
+    trust = (
+        f"The server is not trusted with any update. Whom one has to trust: that at most {c} of "
+        f"the {n} sites collude with the server. A sum is opened over at least {t} sites; "
+        f"{n - t} may vanish in a round."
+    )
+    return [*lines, *_wrapped(trust)]
+
+
+def _leaves(plan: StudyPlan) -> list[str]:
+    evaluation = {
+        "none": "Nothing about test patients.",
+        "noised": "Histograms of test patients' scores, with noise, charged to those patients.",
+        "exact": "EXACT histograms of test patients' scores, without noise (simulation).",
+    }[plan.evaluation.release]
+    text = "Each round one encrypted update, which is opened only as part of a sum. "
+    return _wrapped(text + evaluation)
+
+
+def _guard(sensitivity: float | None) -> list[str]:
+    if sensitivity is None:
+        return []
+    text = (
+        f"Measured on made-up patients: removing one moves the sum before noise by at most "
+        f"{sensitivity:.4f} clip norms (1 is promised)."
+    )
+    return _wrapped(text)
+
+
+def _cost(plan: StudyPlan, limits: DatasetPolicy, cost: Cost) -> list[str]:
+    if noise_multiplier_of(plan) is None:
+        return ["no accounting: privacy is off (simulation)"]
+    lines = [
+        f"epsilon now               {cost.before:9.3f}   at delta {limits.max_delta:g}, for the "
+        "patient who has spent most",
+        f"epsilon after this study  {cost.after:9.3f}",
+        f"allowed by policy.toml    {limits.max_epsilon:9.3f}   over all studies",
+    ]
+    if cost.basis == "filter":
+        lines.insert(2, f"as the filter counts it   {cost.held:9.3f}")
+    note = (
+        "The worst case: every round and every spare round runs. Dropouts add nothing, since in "
+        f"mode {plan.privacy.mode!r} this site adds all of its noise itself. "
+    )
+    kept = {
+        "filter": "Rounds that never run are given back at the end.",
+        "schedule": "The whole cost stays reserved for good, also if fewer rounds run.",
+    }[cost.basis]
+    return [*lines, *_wrapped(note + kept)]
+
+
+def _wrapped(text: str, width: int = 96) -> list[str]:
+    return textwrap.wrap(text, width)
