@@ -121,6 +121,13 @@ class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no type
             p.summed_grad = None
             start += size
 
+    def finish_sum(self) -> Tensor:
+        """The step's sum of clipped gradients, float32 (d,), still without noise."""
+        total = torch.cat([p.summed_grad.reshape(-1) for p in self.params]).cpu()
+        for p in self.params:
+            p.summed_grad = None
+        return total
+
     def _clip(self) -> None:
         for p in self.params:
             p.summed_grad = None

@@ -18,6 +18,7 @@ from client.ledger import Charge
 from client.noise import ChaChaRandom
 from client.patients import Population
 from client.secagg import Member, RoundTicket
+from client.share import noisy_integers
 from client.store import Prefixed, RunStore
 from client.training import LocalTrainer
 from shared import plan as plans
@@ -29,7 +30,15 @@ from shared.optimizers import apply_update, initial_state
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
-from shared.study import Receipt, VectorLayout, session_of, state_from_bytes, state_to_bytes
+from shared.secagg.ring import RingVector
+from shared.study import (
+    Packed,
+    Receipt,
+    VectorLayout,
+    session_of,
+    state_from_bytes,
+    state_to_bytes,
+)
 
 
 class SiteRun:
@@ -149,14 +158,11 @@ class SiteRun:
             return ticket.reply
         started = time.perf_counter()
         charge = self._reserve(ticket)
-        update, facts = self._train(ticket.round)
+        vector, facts = self._train(ticket.round)
         trained = time.perf_counter()
         counts = self._evaluate()
         evaluated = time.perf_counter()
-        weight = self.plan.cohort.weight(self.config.name)
-        rounding = self._random.child(f"rounding {ticket.round}").bytes(32)
-        source = self.layout.pack(update, weight, counts, rounding)
-        reply = self.member.masked_input(ticket, source)
+        reply = self.member.masked_input(ticket, self._pack(vector, counts, ticket.round))
         if charge is not None:
             self._ledger.release(charge)
         facts |= {
@@ -194,10 +200,24 @@ class SiteRun:
         return charge
 
     def _train(self, round_no: int) -> tuple[FlatVector, dict[str, object]]:
+        """This round's update, or in mode `distributed` its clipped sum, still without noise."""
         if not self._trains():
             return np.zeros(self.spec.length, dtype=np.float32), {}
-        result = self.trainer.train_round(self.state.parameters, self._random, round_no)
+        train = self.trainer.clipped_sum if self.layout.share else self.trainer.train_round
+        result = train(self.state.parameters, self._random, round_no)
         return result.update, {"steps": result.steps}
+
+    def _pack(
+        self, vector: FlatVector, counts: NDArray[np.int64], round_no: int
+    ) -> RingVector | Packed:
+        """What is masked: quantised, and in mode `distributed` with this site's share of noise."""
+        random = self._random.fresh_child(f"rounding {round_no}")
+        if self.layout.share is None:
+            weight = self.plan.cohort.weight(self.config.name)
+            return self.layout.pack(vector, weight, counts, random.bytes(32))
+        if not self._trains():
+            return self.layout.pack_integers(np.zeros(len(vector), dtype=np.int64), counts)
+        return self.layout.pack_integers(noisy_integers(vector, self.layout.share, random), counts)
 
     def _evaluate(self) -> NDArray[np.int64]:
         evaluation, done = self.plan.evaluation, self.state.round_no
@@ -217,7 +237,11 @@ class SiteRun:
         sigma, rate = self.noise_multiplier or 0.0, self.plan.training.sample_rate or 0.0
         steps = self._ledger.steps(self.run_id)
         delta = self.plan.privacy.delta
-        spent = epsilon_of(sigma, rate, steps, delta) if sigma and delta and steps else 0.0
+        alone = self.layout.share.alone if self.layout.share else sigma
+        spent, own = (
+            (epsilon_of(noise, rate, steps, delta) if noise and delta and steps else 0.0)
+            for noise in (sigma, alone)
+        )
         return Receipt(
             run_id=self.run_id,
             site=self.config.name,
@@ -227,6 +251,7 @@ class SiteRun:
             rounds=self.state.round_no,
             steps=steps,
             epsilon=float(spent),
+            epsilon_alone=float(own),
             noise_multiplier=float(sigma),
             sample_rate=float(rate) if sigma else 0.0,
             ledger_head=self._ledger.head_of_run(self.run_id),

@@ -192,6 +192,28 @@ class LocalTrainer:
         log = RoundLog(time.perf_counter() - began, tuple(drawn), seen)
         return RoundResult(update, len(drawn), log)
 
+    def clipped_sum(self, start: FlatVector, random: ChaChaRandom, round_no: int) -> RoundResult:
+        """The sum of one Poisson batch's clipped gradients at `start`, without noise.
+
+        For mode `distributed`: the caller adds the site's share of the noise in the ring before
+        anything leaves. An empty draw gives zeros, and the site sends noise alone.
+
+        Raises:
+            SensitivityError: a record's gradient cannot be told from another's.
+        """
+        if self._clipper is None or self.plan.training.sample_rate is None:
+            raise ConfigError("a clipped sum needs a private mode with Poisson draws")
+        require(not self._measuring, "a trainer that measures sensitivity trains no round")
+        began = time.perf_counter()
+        self._begin(start)
+        stream = random.fresh_child(f"round {round_no}")
+        batch = stream.sample(self.data.patient_count, self.plan.training.sample_rate)
+        with self._exact_arithmetic():
+            seen = self._sum_patients(batch)
+        self.steps_taken += 1
+        log = RoundLog(time.perf_counter() - began, (len(batch),), seen)
+        return RoundResult(self._clipper.finish_sum().numpy(), 1, log)
+
     def gradient(
         self,
         start: FlatVector,
@@ -266,6 +288,17 @@ class LocalTrainer:
         """Leave one step's gradient in the parameters; return how many records it read."""
         if self.plan.training.sample_rate is None:
             return self._mean_gradient(batch)
+        seen = self._sum_patients(batch)
+        if self._clipper is not None:
+            self._clipper.finish_step(random)
+        else:
+            for p in self._parameters:
+                if p.grad is not None:
+                    p.grad /= self._divisor
+        return seen
+
+    def _sum_patients(self, batch: NDArray[np.int64]) -> int:
+        """Add up a batch's gradients, clipped in private modes; return how many records it read."""
         counts = self._record_counts[batch]
         if self._clipper is not None:
             self._clipper.begin_step()
@@ -274,12 +307,6 @@ class LocalTrainer:
                 p.grad = torch.zeros_like(p)
         for part in physical_batches(counts, self._max_records):
             self._accumulate(batch[part], counts[part])
-        if self._clipper is not None:
-            self._clipper.finish_step(random)
-        else:
-            for p in self._parameters:
-                if p.grad is not None:
-                    p.grad /= self._divisor
         return int(counts.sum())
 
     def _accumulate(self, patients: NDArray[np.int64], counts: NDArray[np.int64]) -> None:

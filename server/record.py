@@ -137,6 +137,7 @@ def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
         receipt = decode(Receipt, signed.receipt)
         sites[name] = {
             "epsilon": receipt.epsilon,
+            "epsilon_alone": receipt.epsilon_alone,
             "noise_multiplier": receipt.noise_multiplier,
             "sample_rate": receipt.sample_rate,
             "steps": receipt.steps,

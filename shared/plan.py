@@ -192,11 +192,14 @@ class OptimizerPlan:
 class PrivacyPlan:
     """The promise to each patient of one site: (epsilon, delta) over the whole study.
 
+    In mode `local` every site adds all the noise itself, and nobody is trusted. In `distributed`
+    a round is one step over all sites' patients, and each site adds a share of the noise, sized
+    so that the shares of `threshold - colluders` sites are enough (shared/PRIVACY.md).
     `noise_multiplier` is normally left out: each site calibrates it to the promise. Given, it
     must keep the promise. Mode `none` exists in the simulator only; every site refuses it.
     """
 
-    mode: Literal["local", "none"]
+    mode: Literal["local", "distributed", "none"]
     epsilon: float | None = None
     delta: float | None = None
     clip_norm: float | None = None
@@ -293,7 +296,8 @@ class SecureSumPlan:
     """The ring of the secure sum.
 
     A weighted update's coordinates are clamped to [-clip_range, clip_range] and rounded without
-    bias to integers of `bits` bits less the head room for the sum.
+    bias to integers of `bits` bits less the head room for the sum. In mode `distributed` the
+    range is that of a site's summed gradient, in parts of what its expected batch could reach.
     """
 
     bits: Literal[16, 24, 32] = 24
@@ -340,6 +344,17 @@ class StudyPlan:
     def __post_init__(self) -> None:
         require(bool(_NAME.fullmatch(self.name)), f"name {self.name!r}: use a-z, 0-9, hyphens")
         training, private = self.training, self.privacy.mode != "none"
+        if self.privacy.mode == "distributed":
+            for name, only in (("local_steps", 1), ("momentum", 0), ("weight_decay", 0)):
+                require(
+                    getattr(training, name) == only,
+                    f"training: {name} must be {only} in mode 'distributed', where a round is one "
+                    "step; momentum belongs to [optimizer]",
+                )
+            require(
+                self.optimizer.name != "fedprox",
+                "optimizer: fedprox changes several local steps; mode 'distributed' has one",
+            )
         if private:
             require(training.sample_rate is not None, "training: sample_rate is missing")
             require(

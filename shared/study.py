@@ -21,6 +21,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.distributed import NoiseShare, divisor, noise_share
 from shared.errors import ProtocolError
 from shared.messages import U8, U32, U64, Blob, Fixed, Many, Maybe, Real, Text, message
 from shared.optimizers import ModelState
@@ -120,6 +121,8 @@ class Receipt:
 
     Every number follows from the plan and the rounds that this site trained; none depends on
     a patient. `epsilon`, `noise_multiplier` and `sample_rate` are 0 where privacy is off.
+    `epsilon_alone` is what this site's own noise guarantees if all others side with the server:
+    the same as `epsilon` in mode `local`, larger in mode `distributed`.
     `ledger_head` is the link of the site's ledger that ended this run: kept by others, it shows
     later whether the ledger was replaced by an older copy.
     """
@@ -132,6 +135,7 @@ class Receipt:
     rounds: Annotated[int, U32]
     steps: Annotated[int, U64]
     epsilon: Annotated[float, Real()]
+    epsilon_alone: Annotated[float, Real()]
     noise_multiplier: Annotated[float, Real()]
     sample_rate: Annotated[float, Real()]
     ledger_head: Annotated[bytes, Fixed(32)]
@@ -192,8 +196,29 @@ class VectorLayout:
         lanes = self.ring.counts_to_lanes(counts, max_count=MAX_TEST_PATIENTS)
         return Packed(body, lanes)
 
+    @cached_property
+    def share(self) -> NoiseShare | None:
+        """How sites of a `distributed` plan scale their sums and share the noise; else None."""
+        if self.plan.privacy.mode != "distributed":
+            return None
+        return noise_share(self.plan, self.parameters)
+
+    def pack_integers(self, sums: NDArray[np.int64], counts: NDArray[np.int64]) -> RingVector:
+        """The vector of one site in mode `distributed`: noisy integers, reduced into the ring.
+
+        Args:
+            sums: int64, shape (parameters,), in ring units, noise included.
+            counts: int64, shape (counts,).
+        """
+        body = (sums & int(self.ring.modulus_mask)).astype(np.uint32)
+        lanes = self.ring.counts_to_lanes(counts, max_count=MAX_TEST_PATIENTS)
+        return np.concatenate([body, lanes])
+
     def update_of(self, total: RingVector, contributors: tuple[str, ...]) -> FlatVector:
-        """The weighted mean update of a published sum.
+        """The update that a published sum stands for.
+
+        In mode `local` the sites' weighted mean; in mode `distributed` one step against the
+        summed gradient, divided by the public expected batch of the contributors.
 
         Args:
             total: uint32, shape (length,).
@@ -202,6 +227,11 @@ class VectorLayout:
         Returns:
             float32, shape (parameters,).
         """
+        if self.share is not None:
+            rate = self.plan.training.learning_rate
+            unit = -rate / (self.share.scale * divisor(self.plan, contributors))
+            step = self.ring.signed(total[: self.parameters]) * np.float64(unit)
+            return step.astype(np.float32)
         clip = self.plan.secure_sum.clip_range
         summed = self.ring.dequantise(total[: self.parameters], clip_range=clip)
         weight = sum(self.plan.cohort.weight(name) for name in sorted(contributors))

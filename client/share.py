@@ -1,0 +1,31 @@
+"""A site's part of a distributed step: its clipped sum as integers, with its share of the noise."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from client.discrete import discrete_gaussian
+from client.noise import ChaChaRandom
+from shared.distributed import NoiseShare
+
+
+def noisy_integers(
+    clipped_sum: NDArray[np.float32], share: NoiseShare, random: ChaChaRandom
+) -> NDArray[np.int64]:
+    """Scale, round, clamp, and add the site's share of the noise, in this order.
+
+    Nothing but the reduction into the ring follows the noise, so what is released has it whole.
+
+    Args:
+        clipped_sum: float32, shape (d,): the site's sum of clipped per-patient gradients. A
+            coordinate that is not finite counts as zero; a failure must not show.
+        share: From `noise_share`.
+        random: The site's stream.
+
+    Returns:
+        int64, shape (d,), in ring units.
+    """
+    scaled = np.nan_to_num(clipped_sum.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    whole = np.clip(np.rint(scaled * share.scale), -share.clamp, share.clamp).astype(np.int64)
+    return whole + discrete_gaussian(random, share.deviation, len(whole))

@@ -1,0 +1,164 @@
+"""Mode distributed, whole studies: as accurate as pooled data, and the noise is really there."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from client.app import forget_sites
+from client.data.dataset import PatientDataset
+from client.noise import ChaChaRandom
+from client.share import noisy_integers
+from client.training import LocalTrainer
+from server.rounds import RoundReport
+from shared.distributed import noise_share
+from shared.models import initial_parameters
+from shared.study import VectorLayout
+from simulations.grid import Delivery, Direction
+from simulations.run import RunOptions, execute, prepare
+from simulations.scenario import Scenario, load_scenario
+
+OVERRIDES = (
+    "privacy.mode=distributed",
+    "training.local_steps=1",
+    "training.rounds=25",
+    "training.learning_rate=2.0",
+    "training.sample_rate=0.3",
+    "evaluation.bins=64",
+)
+
+
+@pytest.fixture(scope="module")
+def scenario() -> Scenario:
+    return load_scenario("breast_cancer", OVERRIDES)
+
+
+@pytest.fixture(autouse=True)
+def _closed() -> Iterator[None]:
+    yield
+    forget_sites()
+
+
+def run(scenario: Scenario, out: Path, *, baselines: bool = False, **faults: Any) -> dict[str, Any]:
+    options = RunOptions(out=out, baselines=baselines, **faults)
+    return execute(prepare(scenario, options), lambda report: None)
+
+
+def test_a_distributed_study_is_as_good_as_pooled_data_under_the_same_epsilon(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    results = run(scenario, tmp_path / "run", baselines=True)
+    ours = results["final"]["metrics"]["auroc"]
+    assert abs(ours - results["baselines"]["pooled_dp"]["metrics"]["auroc"]) < 0.02
+    for site in results["privacy"]["sites"].values():
+        assert site["steps"] == 25
+        assert site["epsilon"] <= results["privacy"]["target_epsilon"] < site["epsilon_alone"]
+
+
+def test_with_the_most_dropouts_in_every_round_the_promised_noise_is_still_there(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    """Variance of published sums of sites without any signal, one of four dropping each round."""
+    plan = replace(
+        scenario.plan,
+        training=replace(scenario.plan.training, rounds=40, learning_rate=1e-9),
+        evaluation=replace(scenario.plan.evaluation, release="none"),
+    )
+    parameters = len(initial_parameters(plan))
+    share = noise_share(plan, parameters)
+    layout = VectorLayout(plan, parameters)
+    sums = []
+    for round_no in range(400):
+        total = np.zeros(layout.length, dtype=np.uint32)
+        for site in ("city", "county", "rural"):  # the university has dropped out
+            random = ChaChaRandom(bytes(31) + b"x").child(f"{site} {round_no}")
+            nothing = np.zeros(parameters, dtype=np.float32)
+            total += layout.pack_integers(
+                noisy_integers(nothing, share, random), np.zeros(0, dtype=np.int64)
+            )
+        sums.append(layout.ring.signed(total & layout.ring.modulus_mask))
+    values = np.concatenate(sums).astype(float)
+    # Three shares, of which one may be a colluder's: the two others must carry the promise.
+    variance = values.var() * share.honest / 3
+    promised = (share.noise_multiplier * share.sensitivity) ** 2
+    low, high = np.array(stats.chi2.interval(1 - 1e-6, len(values))) / len(values)
+    assert low < variance / promised < high
+    halved = (values / 2).var() * share.honest / 3
+    assert not low < halved / promised < high
+
+
+def test_dropouts_up_to_the_limit_in_every_round_do_not_stop_a_study(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    def lose(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
+        lost = site == "rural" and action == "train.round" and direction is Direction.TO_SERVER
+        return Delivery(() if lost else (body,))
+
+    results = run(scenario, tmp_path / "run", faults=lose)
+    asked = [r for r in results["rounds"] if "rural" in r["cohort"]]
+    assert asked
+    assert all(r["dropped"] == ["rural"] for r in asked)
+    assert results["final"]["metrics"]["auroc"] > 0.9
+
+
+def test_a_patient_whose_gradient_is_not_a_number_changes_nothing_that_shows(
+    scenario: Scenario,
+) -> None:
+    """The site sends as always; the broken patient counts as zero, like one that was not drawn."""
+    plan = replace(scenario.plan, training=replace(scenario.plan.training, sample_rate=1.0))
+    rng = np.random.default_rng(0)
+    inputs = rng.normal(size=(6, 30)).astype(np.float32)
+    labels = np.array([0, 1, 0, 1, 0, 1])
+    broken = inputs.copy()
+    broken[5] = 3e38  # overflows in the first product
+    data = [
+        PatientDataset(x, y, np.arange(len(y)), tuple(map(str, range(len(y)))))
+        for x, y in ((broken, labels), (inputs[:5], labels[:5]))
+    ]
+    sums = [
+        LocalTrainer(plan, "city", part, 1.0, "cpu")
+        .clipped_sum(initial_parameters(plan), ChaChaRandom(bytes(32)), 1)
+        .update
+        for part in data
+    ]
+    assert all(np.isfinite(s).all() for s in sums)
+    assert np.linalg.norm(sums[0] - sums[1]) <= plan.privacy.promise[2] * (1 + 1e-4)
+    share = noise_share(plan, len(sums[0]))
+    for total in (*sums, np.full(len(sums[0]), np.nan, dtype=np.float32)):
+        sent = noisy_integers(total, share, ChaChaRandom(bytes(32)))
+        assert sent.dtype == np.int64
+        assert np.abs(sent).max() < 2**23
+
+
+def test_the_published_sum_steps_by_the_mean_gradient(scenario: Scenario) -> None:
+    """Without noise a distributed round is ordinary gradient descent on all sites' patients."""
+    plan = scenario.plan
+    start = initial_parameters(plan)
+    layout, share = VectorLayout(plan, len(start)), noise_share(plan, len(start))
+    gradients = {n: np.full(len(start), i + 1.0) for i, n in enumerate(plan.cohort.names)}
+    total = np.zeros(layout.length, dtype=np.uint32)
+    for gradient in gradients.values():
+        whole = np.rint(gradient * share.scale).astype(np.int64)
+        total += layout.pack_integers(whole, np.zeros(layout.counts, dtype=np.int64))
+    update = layout.update_of(total & layout.ring.modulus_mask, plan.cohort.names)
+    batch = 0.3 * sum(s.expected_patients for s in plan.cohort.sites)
+    expected = -plan.training.learning_rate * (1 + 2 + 3 + 4) / batch
+    np.testing.assert_allclose(update, expected, rtol=1e-4)
+
+
+def test_the_released_sums_are_noisier_than_one_site_promised(
+    scenario: Scenario, tmp_path: Path
+) -> None:
+    """What a site sends carries its own share, not the whole noise: that is the mode's point."""
+    share = noise_share(scenario.plan, 31)
+    assert share.alone == pytest.approx(share.noise_multiplier / math.sqrt(share.honest), rel=1e-6)
+    reports: list[RoundReport] = []
+    execute(prepare(scenario, RunOptions(out=tmp_path / "run")), reports.append)
+    assert [r.round_no for r in reports] == list(range(1, 27))
