@@ -2,10 +2,12 @@
 
 [simulation] says where the patients come from and how they are dealt out to hospitals; [plan]
 is a study plan as in shared/plan.py, and could be given to real hospitals as it stands.
+[distributed], if present, holds the values of the plan that differ in privacy mode `distributed`.
 """
 
 from __future__ import annotations
 
+import copy
 import difflib
 import tomllib
 from collections.abc import Sequence
@@ -92,8 +94,7 @@ def load_scenario(name_or_path: str, overrides: Sequence[str] = ()) -> Scenario:
     table = read_toml(path)
     if table.get("simulation", {}).get("folder"):
         table["simulation"]["folder"] = str(path.parent / table["simulation"]["folder"])
-    for override in overrides:
-        _apply(table, override)
+    table = _with_overrides(table, overrides)
     odd = sorted(set(table) - {"simulation", "plan"})
     require(not odd, f"{path}: unknown table {', '.join(odd)}. Valid: [simulation] and [plan].")
     for name in ("simulation", "plan"):
@@ -107,6 +108,29 @@ def load_scenario(name_or_path: str, overrides: Sequence[str] = ()) -> Scenario:
     )
     folder = str(Path(simulation.folder).expanduser()) if simulation.folder else ""
     return Scenario(path.stem, replace(simulation, folder=folder), plan)
+
+
+def _with_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply the overrides; a table [distributed] holds the plan's values for that mode."""
+    other = table.pop("distributed", {})
+    changed = copy.deepcopy(table)
+    for override in overrides:
+        _apply(changed, override)
+    privacy = changed.get("plan", {}).get("privacy", {})
+    if not other or privacy.get("mode") != "distributed":
+        return changed
+    _merge(table.setdefault("plan", {}), other)
+    for override in overrides:
+        _apply(table, override)
+    return table
+
+
+def _merge(table: dict[str, Any], other: dict[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(table.get(key), dict):
+            _merge(table[key], value)
+        else:
+            table[key] = value
 
 
 def list_scenarios() -> dict[str, str]:

@@ -25,14 +25,7 @@ from simulations.grid import Delivery, Direction
 from simulations.run import RunOptions, execute, prepare
 from simulations.scenario import Scenario, load_scenario
 
-OVERRIDES = (
-    "privacy.mode=distributed",
-    "training.local_steps=1",
-    "training.rounds=25",
-    "training.learning_rate=2.0",
-    "training.sample_rate=0.3",
-    "evaluation.bins=64",
-)
+OVERRIDES = ("privacy.mode=distributed", "training.rounds=25", "evaluation.bins=64")
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +146,16 @@ def test_the_published_sum_steps_by_the_mean_gradient(scenario: Scenario) -> Non
     np.testing.assert_allclose(update, expected, rtol=1e-4)
 
 
-def test_the_released_sums_are_noisier_than_one_site_promised(
+def test_a_scenario_has_values_of_its_own_for_the_mode() -> None:
+    local, shared = load_scenario("breast_cancer").plan, load_scenario("breast_cancer", OVERRIDES)
+    assert local.training.local_steps > 1 == shared.plan.training.local_steps
+    assert shared.plan.training.rounds == 25
+    assert shared.plan.cohort == local.cohort
+
+
+def test_a_site_sends_its_own_share_of_the_noise_and_not_the_whole(
     scenario: Scenario, tmp_path: Path
 ) -> None:
-    """What a site sends carries its own share, not the whole noise: that is the mode's point."""
     share = noise_share(scenario.plan, 31)
     assert share.alone == pytest.approx(share.noise_multiplier / math.sqrt(share.honest), rel=1e-6)
     reports: list[RoundReport] = []
