@@ -1,0 +1,325 @@
+"""Budgets: by patient, over all studies, held by a filter, reserved before anything trains."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from site_cases import make_site, open_books, study, write_policy
+
+from client.budget import Commitment, commitments, cost_of, histories, rounds_that_fit
+from client.consent import Books, event_of
+from client.ledger import Charge
+from client.patients import PatientKey, Population
+from shared.errors import ConfigError, PolicyError
+from shared.plan import StudyPlan
+from shared.privacy import PrivacyEvent, epsilon_of_events, filtered_epsilon
+
+WARD = [f"p{i}" for i in range(20)]
+DELTA = 1e-5
+
+
+@pytest.fixture
+def books(tmp_path: Path) -> Iterator[Books]:
+    opened = open_books(make_site(tmp_path))
+    yield opened
+    opened.close()
+
+
+def train(books: Books, plan: StudyPlan, run: str, people: Population, rounds: int) -> None:
+    """Admit and charge the first rounds of a run, as a site does."""
+    event = event_of(plan)
+    assert event is not None
+    for number in range(1, rounds + 1):
+        limit = books.admit(plan, run, people)
+        books.ledger.reserve(
+            Charge(
+                run=run,
+                plan_sha256=plan.sha256,
+                round_no=number,
+                descriptor=f"{number:064x}",
+                noise_multiplier=event.noise_multiplier,
+                sample_rate=event.sample_rate,
+                steps=plan.training.local_steps,
+                population=people.digest,
+            ),
+            limit=limit,
+        )
+
+
+def test_two_studies_on_one_dataset_compose(books: Books) -> None:
+    ward = books.population(WARD)
+    first = books.approve(study("first"), ward)
+    second = books.approve(study("second"), ward)
+    event = event_of(study())
+    assert event is not None
+    assert first.before == 0.0
+    assert second.before == first.after == epsilon_of_events([event], DELTA)
+    assert second.after == epsilon_of_events([event, event], DELTA) > 1.3 * first.after
+
+
+def test_a_study_beyond_the_cap_is_refused_with_the_rounds_that_still_fit(books: Books) -> None:
+    ward = books.population(WARD)
+    large = {"rounds": 30}
+    books.approve(study("first", training=large), ward)
+    head = books.ledger.head
+    with pytest.raises(
+        PolicyError, match=r"allows 4 over all studies.* (\d+) of its 30 rounds"
+    ) as e:
+        books.approve(study("second", training=large), ward)
+    assert e.value.exit_code == 3
+    assert books.ledger.head == head
+    fit = int(str(e.value).split(" of its 30 rounds")[0].rsplit(" ", 1)[1])
+    assert 0 < fit < 30
+    with pytest.raises(PolicyError, match=rf"{fit} of its {fit + 1} rounds"):
+        books.approve(study("third", training={"rounds": fit + 1}), ward)
+    books.approve(study("fourth", training={"rounds": fit}), ward)
+
+
+@pytest.mark.parametrize(
+    ("ids", "inherits"),
+    [
+        (WARD, True),
+        (WARD[::-1], True),  # another order
+        ([*WARD, "new-1", "new-2"], True),  # extended
+        (["p19", *(f"q{i}" for i in range(50))], True),  # one old patient among new ones
+        ([f" P{i} " for i in range(20)], True),  # as a spreadsheet writes them
+        ([f"q{i}" for i in range(20)], False),
+    ],
+)
+def test_a_changed_renamed_or_extended_file_inherits_what_its_patients_spent(
+    books: Books, ids: list[str], inherits: bool
+) -> None:
+    plan = study()
+    books.approve(plan, books.population(WARD))
+    train(books, plan, "run-1", books.population(WARD), rounds=10)
+    cost = books.consider(study("next"), books.population(ids))
+    event = event_of(plan)
+    assert event is not None
+    assert cost.before == (epsilon_of_events([event], DELTA) if inherits else 0.0)
+
+
+def test_the_patient_who_spent_most_counts(books: Books) -> None:
+    twice = ["p0", "x1", "x2"]
+    for name, people in [("one", WARD), ("two", twice)]:
+        books.approve(study(name), books.population(people))
+    cost = books.consider(study("next"), books.population([*WARD, *twice[1:]]))
+    event = event_of(study())
+    assert event is not None
+    assert cost.after == epsilon_of_events([event] * 3, DELTA)
+    assert books.consider(study("next"), books.population(["x1", "x2"])).before == pytest.approx(
+        epsilon_of_events([event], DELTA)
+    )
+
+
+def test_identifiers_that_a_spreadsheet_could_confuse_are_refused() -> None:
+    key = PatientKey(bytes(32))
+    assert key.population(["007"]).digest == key.population([" 7"]).digest
+    assert key.population(["a"]).digest != PatientKey(bytes([1] * 32)).population(["a"]).digest
+    for ids in (["007", "7"], ["Ab", "aB"], ["a b", "ab"]):
+        with pytest.raises(ConfigError, match="differ only in"):
+            key.population(ids)
+
+
+def test_rows_without_identifiers_count_as_one_patient(tmp_path: Path) -> None:
+    books = open_books(make_site(tmp_path, rows_are_patients=True))
+    books.approve(study(), books.population(["row 1", "row 2"]))
+    cost = books.consider(study("next"), books.population(["row 3"]))
+    assert cost.before > 0
+
+
+def test_one_approval_serves_one_run(books: Books) -> None:
+    plan, ward = study(), books.population(WARD)
+    books.approve(plan, ward)
+    train(books, plan, "run-1", ward, rounds=2)
+    with pytest.raises(PolicyError, match="another run has taken"):
+        books.admit(plan, "run-2", ward)
+    with pytest.raises(PolicyError, match="another run has taken"):
+        books.require_approved(plan, "run-2")
+    second = books.approve(plan, ward)
+    assert second.before > 0
+    train(books, plan, "run-2", ward, rounds=2)
+    assert books.ledger.steps("run-1") == books.ledger.steps("run-2") == 2
+
+
+def test_a_run_cannot_train_more_than_was_approved(books: Books) -> None:
+    plan, ward = study(), books.population(WARD)
+    books.approve(plan, ward)
+    with pytest.raises(PolicyError, match="covers 10"):
+        train(books, plan, "run-1", ward, rounds=11)
+    assert books.ledger.steps("run-1") == 10
+
+
+def test_rounds_that_never_ran_are_given_back_under_the_filter(books: Books) -> None:
+    plan, ward = study(), books.population(WARD)
+    books.approve(plan, ward)
+    train(books, plan, "run-1", ward, rounds=4)
+    event = event_of(plan)
+    assert event is not None
+    reserved = books.consider(study("next"), ward).before
+    books.ledger.close_run("run-1")
+    assert books.consider(study("next"), ward).before < reserved
+    assert books.consider(study("next"), ward).before == epsilon_of_events(
+        [PrivacyEvent(event.noise_multiplier, event.sample_rate, 4)], DELTA
+    )
+
+
+def test_the_first_study_may_use_the_whole_cap_and_then_nothing_is_given_back(
+    books: Books,
+) -> None:
+    """Composition as fixed beforehand admits it; the filter alone would not."""
+    plan, ward = study(training={"rounds": 45}), books.population(WARD)
+    event = event_of(plan)
+    assert event is not None
+    assert epsilon_of_events([event], DELTA) < 4 < filtered_epsilon([event], 4.0, DELTA)
+    assert books.approve(plan, ward).basis == "schedule"
+    train(books, plan, "run-1", ward, rounds=1)
+    books.ledger.close_run("run-1")
+    with pytest.raises(PolicyError, match=r" 0 of its 1 rounds"):
+        books.approve(study("tiny", training={"rounds": 1}), ward)
+
+
+def test_a_declared_schedule_lets_more_fit_than_the_filter(tmp_path: Path) -> None:
+    fits = []
+    for kind in ("filter", "schedule"):
+        books = open_books(make_site(tmp_path / kind, composition=kind))
+        ward = books.population(WARD)
+        books.approve(study(), ward)
+        past = histories(ward.members, commitments(books.ledger), books.ledger.members)
+        fits.append(rounds_that_fit(PrivacyEvent(4.0, 0.5, 60), 1, past, books.limits))
+    assert fits[0] < fits[1] < 60
+
+
+def test_withdrawing_frees_what_was_not_trained(books: Books) -> None:
+    plan, ward = study(), books.population(WARD)
+    books.approve(plan, ward)
+    books.approve(plan, ward)
+    train(books, plan, "run-1", ward, rounds=3)
+    assert books.withdraw(plan) == 2
+    assert [c.spent for c in commitments(books.ledger)] == [True]
+    with pytest.raises(PolicyError, match="is over"):
+        train(books, plan, "run-1", ward, rounds=4)
+    assert books.withdraw(plan) == 0
+
+
+def test_a_study_in_two_halves_costs_what_it_costs_in_one_go(tmp_path: Path) -> None:
+    plan = study()
+    totals = []
+    for name, halves in [("one", [10]), ("two", [5, 10])]:
+        folder = make_site(tmp_path / name)
+        approving = open_books(folder)
+        approving.approve(plan, approving.population(WARD))
+        approving.close()
+        for until in halves:  # a new process each time; earlier rounds are asked for again
+            books = open_books(folder)
+            train(books, plan, "run-1", books.population(WARD), rounds=until)
+            total = [c.event for c in commitments(books.ledger)]
+            books.close()
+        totals.append(epsilon_of_events(total, DELTA))
+    assert totals[0] == totals[1] > 0
+
+
+def test_a_tightened_policy_stops_a_running_study(books: Books, tmp_path: Path) -> None:
+    plan, ward = study(), books.population(WARD)
+    books.approve(plan, ward)
+    train(books, plan, "run-1", ward, rounds=2)
+    write_policy(tmp_path, max_epsilon=4.0, hours=["00:00-24:00", "01:00-02:00"])
+    train(books, plan, "run-1", ward, rounds=3)
+    write_policy(tmp_path, max_epsilon=4.0, models=["cnn"])
+    with pytest.raises(PolicyError, match="not in models"):
+        books.admit(plan, "run-1", ward)
+    write_policy(tmp_path, hours=[])
+    with pytest.raises(PolicyError, match="outside the hours"):
+        books.admit(plan, "run-1", ward)
+    (tmp_path / "policy.toml").unlink()
+    with pytest.raises(PolicyError, match="allows nothing"):
+        books.admit(plan, "run-1", ward)
+
+
+def test_patients_who_came_in_after_the_approval_are_checked_before_they_train(
+    books: Books,
+) -> None:
+    ward, icu = books.population(WARD), books.population([f"icu{i}" for i in range(9)])
+    spent = study("before", training={"rounds": 45})
+    books.approve(spent, icu)
+    plan = study()
+    books.approve(plan, ward)
+    train(books, plan, "run-1", ward, rounds=2)
+    both = books.population([*WARD, "icu0"])
+    with pytest.raises(PolicyError, match="patients changed since the approval"):
+        books.admit(plan, "run-1", both)
+    more = books.population([*WARD, "fresh"])
+    books.admit(plan, "run-1", more)
+    # The old patients keep what is reserved, and the new one has it from now on.
+    for people in (ward, more, books.population(["fresh"])):
+        assert books.consider(study("next"), people).before > 0
+
+
+@pytest.mark.parametrize("lost", ["ledger.db", "patients.key"])
+def test_a_lost_ledger_or_key_stops_everything(tmp_path: Path, lost: str) -> None:
+    folder = make_site(tmp_path)
+    books = open_books(folder)
+    books.approve(study(), books.population(WARD))
+    books.close()
+    (folder / lost).unlink()
+    with pytest.raises(PolicyError, match="restore it"):
+        open_books(folder)
+
+
+def test_a_new_identity_does_not_empty_the_ledger(tmp_path: Path) -> None:
+    folder = make_site(tmp_path)
+    open_books(folder).close()
+    other = make_site(tmp_path / "other")
+    shutil.copy(folder / "ledger.db", other / "ledger.db")
+    with pytest.raises(PolicyError, match="key"):
+        open_books(other)
+
+
+events = st.builds(
+    PrivacyEvent, st.sampled_from([1.0, 2.0, 4.0]), st.sampled_from([0.1, 0.5]), st.integers(1, 9)
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.lists(st.tuples(st.frozensets(st.integers(0, 7), min_size=1), events), max_size=6))
+def test_grouping_finds_the_same_worst_patient_as_looking_at_each_one(
+    studies: list[tuple[frozenset[int], PrivacyEvent]],
+) -> None:
+    members = {str(i): np.array(sorted(who), dtype=np.uint64) for i, (who, _) in enumerate(studies)}
+    known = [
+        Commitment(i, "s", f"r{i}", frozenset({str(i)}), event, True)
+        for i, (_, event) in enumerate(studies)
+    ]
+    patients = np.arange(8, dtype=np.uint64)
+    grouped = histories(patients, known, members.__getitem__)
+    one_by_one = {
+        tuple(c for c, (who, _) in zip(known, studies, strict=True) if p in who) for p in range(8)
+    }
+
+    def worst(candidates: set[tuple[Commitment, ...]]) -> float:
+        return max(filtered_epsilon([c.event for c in h], 4.0, DELTA) for h in candidates)
+
+    assert set(grouped) <= one_by_one
+    assert worst(set(grouped)) == worst(one_by_one)
+
+
+def test_many_patients_and_many_rounds_are_composed_in_time(books: Books) -> None:
+    rng = np.random.default_rng(0)
+    everyone = np.sort(rng.integers(0, 2**63, 200_000, dtype=np.uint64))
+    members = {str(i): np.sort(rng.choice(everyone, 100_000, replace=False)) for i in range(6)}
+    known = [
+        Commitment(i, "s", f"r{i}", frozenset({str(i)}), PrivacyEvent(4.0, 0.5, 3), True)
+        for i in range(6)
+    ]
+    epsilon_of_events([PrivacyEvent(4.0, 0.5, 1)], DELTA)  # imports
+    started = time.process_time()
+    past = histories(everyone, known, members.__getitem__)
+    cost = cost_of(PrivacyEvent(4.0, 0.5, 3), past, books.limits)
+    assert time.process_time() - started < 2.0
+    assert cost.after == epsilon_of_events([PrivacyEvent(4.0, 0.5, 21)], DELTA)
