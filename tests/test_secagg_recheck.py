@@ -11,13 +11,14 @@ from secagg_driver import MODEL, World, identities, make_session, plain_sum, rea
 
 from shared.errors import CohortError, ProtocolError
 from shared.messages import decode, encode
-from shared.secagg import merkle, transcript
+from shared.secagg import transcript, unmask
+from shared.secagg.masking import add_masks
 from shared.secagg.messages import (
     Attestation,
     Included,
     Opening,
     Recheck,
-    Result,
+    Recovered,
     Settlement,
 )
 
@@ -220,14 +221,47 @@ def test_the_work_is_even_and_every_chunk_has_enough_checkers() -> None:
     assert other != transcript.checker_order(session, b"d" * 32, names, 0)
 
 
-def test_a_relay_that_unmasks_with_keys_of_its_choice_is_noticed() -> None:
-    """Free choice of keys would let a relay steer a chunk; commitments fix them before."""
-    world = ready()
-    world.run_round(1, world.vectors(1))
-    result = decode(Result, world.results[0])
-    root = merkle.root(result.total, world.session.chunk_bytes)
-    assert root
-    package = decode(Recheck, package_of(world, "s00"))
-    keys = {**package.self_keys, "s03": b"\x01" * 32}
-    with pytest.raises(ProtocolError, match="not the one it chose"):
-        world.members["s00"].check_chunks(encode(dataclasses.replace(package, self_keys=keys)))
+@pytest.mark.parametrize("lie", ["none", "a vector", "a self key", "a recovery key"])
+def test_a_package_made_to_fit_a_false_sum_is_noticed(lie: str) -> None:
+    """Free choice of any input would let a relay steer the sum; all are fixed before it is."""
+    world = ready(7, 5, 1, length=12)
+    session = world.session
+    r2 = world.inputs(1, gone=("s06",))
+    for name in r2:
+        world.relay.add_agreement(name, world.members[name].agree(r2[name]))
+    for name, request in world.relay.close_agreement().items():
+        world.relay.add_release(name, world.members[name].release(request))
+    opened = world.relay._open()
+    masked = opened._sum.copy()
+    world.relay.unmask()
+    if lie == "a vector":
+        wire = opened._wires["s00"]
+        opened._wires["s00"] = bytes([wire[0] ^ 1]) + wire[1:]
+        masked[0] = (int(masked[0]) + 1 - 2 * (wire[0] & 1)) % (1 << 24)
+    elif lie == "a self key":
+        opened._self_keys["s00"] = b"\x01" * 32
+    elif lie == "a recovery key":
+        opened._recovered["s06"] = Recovered(b"\x01" * 32, bytes(32 * 4))
+    dropped = {
+        name: unmask.unwrap(session, name, entry.key, entry.wrapped)
+        for name, entry in opened._recovered.items()
+    }
+    plus, minus = unmask.unmask_keys(
+        session, opened.digest, opened.contributors, opened._self_keys, dropped
+    )
+    add_masks(masked, plus, minus, session.bits)
+    assert opened.total is not None
+    assert np.array_equal(opened.total, masked) == (lie == "none")
+    opened.total = masked
+    world.publish(world.relay.publish())
+    package = package_of(world, "s01")
+    complaint = {
+        "a vector": "not part of the vector that was signed",
+        "a self key": "the self mask published for s00 is not the one it chose",
+        "a recovery key": "the recovery key published for s06 is not the one it chose",
+    }
+    if lie == "none":
+        world.members["s01"].check_chunks(package)
+        return
+    with pytest.raises(ProtocolError, match=complaint[lie]):
+        world.members["s01"].check_chunks(package)
