@@ -450,6 +450,20 @@ def test_a_false_share_names_the_liar_and_the_others_suffice(path: str) -> None:
     np.testing.assert_array_equal(world.relay.unmask(), plain_sum(world.session, vectors, names))
 
 
+def test_an_answer_in_another_sites_name_is_refused() -> None:
+    world = ready(7, 5, 1)
+    r2 = world.inputs(1, gone=("s06",))
+    for name in r2:
+        reply = decode(Agreed, world.members[name].agree(r2[name]))
+        with pytest.raises(ProtocolError, match=f"{name}: an answer in the name of s06"):
+            world.relay.add_agreement(name, encode(dataclasses.replace(reply, sender="s06")))
+        world.relay.add_agreement(name, encode(reply))
+    for name, request in world.relay.close_agreement().items():
+        answer = decode(Released, world.members[name].release(request))
+        with pytest.raises(ProtocolError, match=f"{name}: an answer in the name of s06"):
+            world.relay.add_release(name, encode(dataclasses.replace(answer, sender="s06")))
+
+
 # The end.
 
 
