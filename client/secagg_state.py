@@ -1,6 +1,6 @@
 """What a member keeps between two calls, and where in its store.
 
-Every record is written and read by the typed codec. Nothing is cached in memory: a member that is
+Every record is written and read by the typed codec. The store is all there is: a member that is
 rebuilt from the same store goes on exactly where the other one stood.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
-from typing import Annotated, ParamSpec, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ParamSpec, TypeVar, cast
 
 from shared.errors import ProtocolError
 from shared.identity import Identity
@@ -173,18 +173,27 @@ class LastSum:
 
 @dataclass(frozen=True)
 class Site:
-    """One site's session, identity, store and source of randomness."""
+    """One site's session, identity, store and source of randomness.
+
+    `decoded` saves decoding the same bytes again; the store alone decides what is read.
+    """
 
     session: Session
     identity: Identity
     name: Name
     store: MutableMapping[str, bytes]
     random: Random
+    decoded: dict[str, tuple[bytes, Any]] = field(default_factory=dict, repr=False)
 
     def find(self, cls: type[T], place: str) -> T | None:
         """Read a record, or None."""
         raw = self.store.get(place)
-        return None if raw is None else decode(cls, raw)
+        if raw is None:
+            return None
+        known = self.decoded.get(place)
+        if known is None or known[0] != raw or type(known[1]) is not cls:
+            known = self.decoded[place] = (raw, decode(cls, raw))
+        return cast(T, known[1])
 
     def need(self, cls: type[T], place: str, way_out: str) -> T:
         """Read a record that must be there; ProtocolError says what is out of order."""
@@ -195,12 +204,14 @@ class Site:
 
     def save(self, place: str, record: object) -> None:
         """Write a record."""
-        self.store[place] = encode(record)
+        self.store[place] = raw = encode(record)
+        self.decoded[place] = (raw, record)
 
     def drop(self, *places: str) -> None:
         """Delete records, as far as a store can delete."""
         for place in places:
             self.store.pop(place, None)
+            self.decoded.pop(place, None)
 
     def replayed(self, step: str, request: bytes) -> bytes | None:
         """The answer given before to these very bytes; other bytes for this step are refused."""
