@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import event, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 from secagg_driver import MODEL, World, plain_sum, ready
 
 from server.secagg import Relay
@@ -33,6 +33,7 @@ from shared.secagg.ring import RingVector
 from shared.secagg.transcript import descriptor_digest
 
 picks = st.integers(0, 10_000)
+rarely = st.sampled_from([False] * 5 + [True])
 FATES = [*["arrives"] * 12, "lost", "repeated", "waits"]
 
 
@@ -62,6 +63,12 @@ class Interleavings(RuleBasedStateMachine):
         self.vectors: dict[tuple[bytes, str], RingVector] = {}
         self.given: dict[tuple[str, bytes], set[bytes]] = {}
         self.stage = "idle"
+
+    @initialize(rounds=st.integers(0, 3))
+    def before_the_storm(self, rounds: int) -> None:
+        """Some quiet rounds first, so that rechecks and refills are under way when it begins."""
+        for _ in range(9 * rounds):
+            self.a_quiet_moment(["arrives"])
 
     # The relay.
 
@@ -96,7 +103,7 @@ class Interleavings(RuleBasedStateMachine):
             if self.stage != "inputs" or "recheck" not in str(error):
                 self.publish(relay.abort(str(error)))
 
-    @rule(what=st.sampled_from([*["site"] * 6, "abort", "relay", "patience"]), pick=picks)
+    @rule(what=st.sampled_from([*["site"] * 12, "abort", "relay", "patience"]), pick=picks)
     def stop_something(self, what: str, pick: int) -> None:
         if what == "site":
             self.world.restart(self.names[pick % 5])
@@ -131,7 +138,7 @@ class Interleavings(RuleBasedStateMachine):
 
     # The network and the sites.
 
-    @rule(pick=picks, keep=st.booleans(), lost=st.booleans(), crash=st.booleans())
+    @rule(pick=picks, keep=st.booleans(), lost=rarely, crash=rarely)
     def deliver_request(self, pick: int, keep: bool, lost: bool, crash: bool) -> None:
         if not self.requests:
             return
@@ -171,8 +178,10 @@ class Interleavings(RuleBasedStateMachine):
         elif reply:
             self.note(sent.name, reply)
 
-    @rule(pick=picks)
-    def drop_request(self, pick: int) -> None:
+    @rule(pick=picks, really=rarely)
+    def drop_request(self, pick: int, really: bool) -> None:
+        if not really:
+            return
         if not self.requests:
             return
         sent = self.requests[pick % len(self.requests)]
