@@ -76,12 +76,13 @@ def test_round_refuses_a_twin_that_trains_differently(monkeypatch) -> None:
 
 def test_utility_has_a_row_for_the_study_and_each_baseline(tmp_path) -> None:
     written = run(utility.main, tmp_path, "--quick", "--seeds", "2", "--epsilons", "8")
-    methods = [row["method"] for row in written["rows"]]
-    assert methods == ["study", "local", "pooled", "pooled_dp"]
-    study, *_, pooled = written["rows"]
+    found = [(row["mode"], row["method"]) for row in written["rows"]]
+    methods = ["study", "local", "pooled", "pooled_dp"]
+    assert found == [(mode, method) for mode in utility.MODES for method in methods]
+    study, *_, pooled = written["rows"][:4]
     assert study["auroc"] > 0.5
     assert study["auroc_sd"] > 0
-    ratio = written["ratios"]["auroc_study_to_pooled_dp_at_8"]
+    ratio = written["ratios"]["auroc_local_to_pooled_dp_at_8"]
     assert ratio == pytest.approx(study["auroc"] / pooled["auroc"])
 
 

@@ -78,7 +78,8 @@ PARTS: dict[str, Sequence[Place]] = {
         (RunStore, "refresh"),
         (Ledger, "reserve"),
         (Ledger, "release"),
-        (Ledger, "steps"),
+        (Ledger, "head"),
+        (Ledger, "require_head"),
         (SiteRun, "_log"),
     ],
     "Flower": [

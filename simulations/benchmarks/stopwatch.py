@@ -13,7 +13,7 @@ from typing import Any
 PACKAGES = ("client", "server", "shared", "simulations")
 
 Place = tuple[Any, str]
-"""A module or class, and the name of a function in it."""
+"""A module or class, and the name of a function or property in it."""
 
 
 class Stopwatch:
@@ -73,7 +73,11 @@ def measured(parts: Mapping[str, Sequence[Place]], watch: Stopwatch) -> Iterator
         for part, places in parts.items():
             for owner, name in places:
                 original = vars(owner)[name]
-                timed = watch.wrap(part, original)
+                timed: Any = (
+                    property(watch.wrap(part, original.fget))
+                    if isinstance(original, property) and original.fget
+                    else watch.wrap(part, original)
+                )
                 for holder in (owner, *_importers(original)):
                     setattr(holder, name, timed)
                     undo.append((holder, name, original))
