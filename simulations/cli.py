@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shared.config import require
 from shared.errors import FedwardError
+from simulations.cli_sweep import add_sweep
 
 if TYPE_CHECKING:
     from server.rounds import Observer, RoundReport
@@ -26,6 +27,7 @@ examples:
   fedward-sim run                                   the default study, under a minute
   fedward-sim run nodules --baselines               a CNN on drawn images, with baselines
   fedward-sim run heart --data FOLDER --set privacy.epsilon=2
+  fedward-sim sweep heart --data FOLDER             accuracy against epsilon, both privacy modes
   fedward-sim list
 
 exit codes: 0 done; 2 usage or configuration; 3 refused by policy or budget; 4 protocol failure;
@@ -70,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    add_sweep(commands, DEFAULT_SCENARIO)
     listing = commands.add_parser("list", help="list the scenarios that ship with Fedward")
     listing.add_argument("--debug", action="store_true", help="show tracebacks")
     listing.set_defaults(command=_list)
