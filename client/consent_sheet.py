@@ -103,10 +103,12 @@ def _cost(plan: StudyPlan, limits: DatasetPolicy, cost: Cost) -> list[str]:
     ]
     if cost.basis == "filter":
         lines.insert(2, f"as the filter counts it   {cost.held:9.3f}")
-    note = (
-        "The worst case: every round and every spare round runs. Dropouts add nothing, since in "
-        f"mode {plan.privacy.mode!r} this site adds all of its noise itself. "
-    )
+    note = {
+        "local": "Dropouts add nothing: this site adds all of its noise itself. ",
+        "distributed": "All dropouts that the plan tolerates are counted in: each site's share of "
+        f"the noise is sized for {plan.cohort.threshold - plan.cohort.colluders} honest shares. ",
+    }.get(plan.privacy.mode, "")
+    note = f"The worst case: every round and every spare round runs. {note}"
     kept = {
         "filter": "Rounds that never run are given back at the end.",
         "schedule": "The whole cost stays reserved for good, also if fewer rounds run.",

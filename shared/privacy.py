@@ -12,7 +12,7 @@ out is never below the true one; a grid ten times finer lowers it in the fourth 
 about ten times as long.
 
 Studies that are chosen after seeing earlier results are held to a cap by a privacy filter over
-Rényi orders, `filtered_epsilon`; PRIVACY.md beside this file has the argument.
+Rényi orders, `filtered_epsilon`; client/BUDGETS.md has the argument.
 
 Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1;
 Koskela et al., "Computing Tight Differential Privacy Guarantees Using FFT", AISTATS 2020;
@@ -110,7 +110,7 @@ def filtered_epsilon(events: Sequence[PrivacyEvent], cap: float, delta: float) -
     Raises:
         ConfigError: cap or delta is out of range.
 
-    Source: Feldman and Zrnic, NeurIPS 2021, theorem 4.3, for each order; PRIVACY.md for several.
+    Source: Feldman and Zrnic, NeurIPS 2021, theorem 4.3, for one order; client/BUDGETS.md for all.
     """
     require(cap > 0 and math.isfinite(cap), f"the cap is {cap:g}; above 0 and finite")
     kinds = _merged(events, delta)
