@@ -84,3 +84,25 @@ def open_books(folder: Path) -> Books:
     """The books of a folder that `make_site` wrote."""
     site = SiteFolder(folder)
     return site.books(site.config(), site.identity())
+
+
+def write_plan(plan: StudyPlan, path: Path) -> Path:
+    """Write a plan as TOML, and return the path."""
+    path.write_text(_toml(json.loads(plan.canonical_bytes), ""))
+    return path
+
+
+def _toml(table: dict[str, Any], name: str) -> str:
+    plain = {k: v for k, v in table.items() if v is not None and not _tables(v)}
+    text = "".join(f"{k} = {json.dumps(v)}\n" for k, v in plain.items())
+    for key, value in table.items():
+        inner = f"{name}.{key}".lstrip(".")
+        for part in _tables(value):
+            head = f"[[{inner}]]" if isinstance(value, list) else f"[{inner}]"
+            text += f"{head}\n{_toml(part, inner)}"
+    return text
+
+
+def _tables(value: object) -> list[dict[str, Any]]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, dict)]

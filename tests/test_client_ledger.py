@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import sqlite3
+import statistics
+import time
 from pathlib import Path
 
 import pytest
 
+from client.budget import commitments
 from client.ledger import Charge, HeadMovedError, Ledger
 from client.patients import PatientKey
 from shared.errors import PolicyError
 from shared.identity import Identity
+from shared.privacy import epsilon_of_events
 
 ME = Identity.from_bytes(bytes(range(32)))
 KEY = PatientKey(bytes(32))
@@ -215,3 +219,26 @@ def test_no_line_names_a_patient_or_counts_them(ledger: Ledger) -> None:
     lines = [json.loads(body) for _, body, _, _ in ledger.lines()]
     (population,) = (line for line in lines if line["kind"] == "population")
     assert set(population) == {"kind", "time", "digest", "dataset"}
+
+
+@pytest.mark.slow
+def test_ten_thousand_events_are_appended_and_composed_in_time(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.db", ME)  # waits for the disk
+    ledger.open_for("city", KEY.check)
+    ledger.add_population(WARD, "ward")
+    durable = []
+    for number in range(200):
+        started = time.perf_counter()
+        ledger.reserve(charge(number), limit=10**9)
+        durable.append(time.perf_counter() - started)
+    ledger.close()
+    ledger = open_ledger(tmp_path)
+    for number in range(200, 10_000):
+        ledger.reserve(charge(number, noise_multiplier=20.0 + number % 4), limit=10**9)
+    started = time.process_time()
+    spent = [c.event for c in commitments(ledger)]
+    assert sum(e.steps for e in spent) == 50_000
+    assert epsilon_of_events(spent, 1e-5) > 0
+    composed = time.process_time() - started
+    assert composed < 2.0
+    assert statistics.median(durable) < 0.02
