@@ -59,7 +59,8 @@ def _accepted(random: ChaChaRandom, deviation: float, count: int, margin: float)
     negative = (random.words(count) >> np.uint64(63)).astype(bool)
     proposed = ~(negative & (size == 0))  # or zero would come twice as often
     centre = deviation * deviation / scale
-    exponent: NDArray[np.float64] = (size - centre) ** 2 / (2 * deviation * deviation)
+    distance = size.astype(np.float64) - centre
+    exponent: NDArray[np.float64] = np.square(distance) / (2 * deviation * deviation)
     keep = proposed & _happens(random, size, exponent, (deviation, scale), margin)
     draws: Integers = np.where(negative, -size, size)[keep]
     return draws

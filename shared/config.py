@@ -118,7 +118,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
 
 def _scalar(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise ConfigError(f"{where} is larger than any number that fits.") from None
     if type(value) is not hint:
         raise ConfigError(f"{where} is {value!r}; it must be {_describe(hint)}.")
     if hint is float and not math.isfinite(value):

@@ -380,7 +380,10 @@ class StudyPlan:
     @cached_property
     def canonical_bytes(self) -> bytes:
         """The plan's one byte string: JSON, sorted keys, defaults written out."""
-        return canonical_json(self)
+        try:
+            return canonical_json(self)
+        except UnicodeEncodeError:
+            raise ConfigError("a text of the plan holds characters that UTF-8 cannot") from None
 
     @cached_property
     def sha256(self) -> str:
@@ -407,7 +410,7 @@ def from_bytes(data: bytes) -> StudyPlan:
     """
     try:
         table = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ConfigError("the plan's bytes are not JSON") from None
     require(isinstance(table, dict), "the plan's bytes are not a JSON object")
     plan = parse(StudyPlan, table, "plan")

@@ -191,3 +191,7 @@ def _overrides(arguments: argparse.Namespace) -> list[str]:
         require(arguments.seed >= 0, f"--seed is {arguments.seed}; it must be 0 or more.")
         overrides += [f"simulation.seed={arguments.seed}", f"model.init_seed={arguments.seed}"]
     return overrides
+
+
+if __name__ == "__main__":
+    sys.exit(main())
