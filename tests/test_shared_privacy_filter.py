@@ -130,6 +130,7 @@ REFERENCE = {
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Optimal order is:UserWarning")
 @pytest.mark.parametrize(("rate", "sigma"), REFERENCE)
 def test_the_table_of_accountants(rate: float, sigma: float) -> None:
     for steps, reference in zip((100, 1000, 10_000), REFERENCE[rate, sigma], strict=True):
@@ -138,4 +139,4 @@ def test_the_table_of_accountants(rate: float, sigma: float) -> None:
         accountant = RDPAccountant()
         accountant.history = [(sigma, rate, steps)]
         looser = accountant.get_epsilon(delta=1e-5)
-        assert ours <= looser <= 1.45 * ours + 0.05
+        assert ours <= looser <= 1.75 * ours
