@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import shared.identity
 from simulations.benchmarks import scale
 
 
@@ -26,16 +27,37 @@ def test_the_benchmark_writes_rows_and_ratios(tmp_path: Path, capsys) -> None:
 
 
 def test_a_wrong_sum_stops_the_benchmark(tmp_path: Path) -> None:
-    trial = scale.Trial(scale.session_of(5, 1, 10), tmp_path / "stores")
-    trial.set_up()
-    unmask = trial.relay.unmask
+    with scale.playing(5, 1, 10, str(tmp_path / "stores")) as trial:
+        trial.set_up()
+        unmask = trial.relay.unmask
 
-    def false_sum() -> scale.RingVector:
-        return unmask() ^ np.uint32(1)
+        def false_sum() -> scale.RingVector:
+            return unmask() ^ np.uint32(1)
 
-    trial.relay.unmask = false_sum  # type: ignore[method-assign]
-    with pytest.raises(AssertionError, match="not the plain one"):
+        trial.relay.unmask = false_sum  # type: ignore[method-assign]
+        with pytest.raises(AssertionError, match="not the plain one"):
+            trial.run_round(1, ("site-000",))
+
+
+def test_no_party_profits_from_what_another_has_checked(tmp_path: Path, monkeypatch) -> None:
+    """In one process, sites and relay would otherwise share the memory of checked signatures."""
+    checks: list[bytes] = []
+    check = shared.identity._public_key
+
+    def counted(public: bytes) -> object:
+        checks.append(public)
+        return check(public)
+
+    monkeypatch.setattr(shared.identity, "_public_key", counted)
+    common = shared.identity._holds
+    with scale.playing(5, 1, 10, str(tmp_path / "stores")) as trial:
+        trial.set_up()
+        checks.clear()
         trial.run_round(1, ("site-000",))
+    assert shared.identity._holds is common
+    # R1: the relay checks 4, and each of 4 sites the 3 others'. R2: the relay checks 4 more. R3:
+    # each site checks 4. The result: only the site that was gone has not seen these 4 before.
+    assert len(checks) == 4 + 4 * 3 + 4 + 4 * 4 + 4
 
 
 def test_memory_that_a_step_holds_or_only_passes_through_is_seen() -> None:

@@ -11,16 +11,19 @@ Cost: 10, 50, 100 and 250 sites of 10,000 parameters, the k-regular mask graph, 
 vanishing. CPU seconds of one site in one round, split into what grows with k, the number of mask
 partners (masks), and what grows with N, the number of sites (prekeys, signatures, shares).
 
-Both check every published sum against the plain one. Real members and relay, by function calls.
+Both check every published sum against the plain one. Real members and relay, by function calls;
+each remembers the signatures that it has checked for itself alone, as on a machine of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable, Collection, Iterator, MutableMapping
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -31,6 +34,7 @@ import client.secagg_end
 import client.secagg_recheck
 import client.secagg_round
 import client.secagg_setup
+import shared.identity
 from client.secagg import Member
 from server.secagg import Relay
 from shared.errors import ConfigError
@@ -45,6 +49,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BITS = 24
+RELAY = "relay"
 MODEL = bytes(32)
 SPILL_BYTES = 1 << 16
 """Values of a site's store from this size on go to disk."""
@@ -112,8 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
 def memory(sites: int, parameters: int, rows: list[Row], ratios: dict[str, float]) -> None:
     """The relay's peak in two rounds with a tenth of the sites gone, against what it must hold."""
     gone = max(1, sites // 10)
-    with tempfile.TemporaryDirectory() as folder:
-        trial = Trial(session_of(sites, gone, parameters), Path(folder))
+    with tempfile.TemporaryDirectory() as folder, playing(sites, gone, parameters, folder) as trial:
         trial.set_up()
         state = len(trial.relay.snapshot())
         names = trial.session.names
@@ -162,9 +166,12 @@ def cost_of(sites: int, parameters: int, repetitions: int) -> dict[str, Any]:
     parts = {f"site {part}": places for part, places in SITE_PARTS.items()}
     parts |= {f"relay {part}": places for part, places in RELAY_PARTS.items()}
     watch = Stopwatch()
-    with tempfile.TemporaryDirectory() as folder, measured(parts, watch):
-        session = session_of(sites, gone, parameters)
-        trial = Trial(session, Path(folder))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        measured(parts, watch),
+        playing(sites, gone, parameters, folder) as trial,
+    ):
+        session = trial.session
         trial.set_up()
         set_up = watch.read()
         least: dict[str, float] = {}
@@ -183,6 +190,11 @@ def cost_of(sites: int, parameters: int, repetitions: int) -> dict[str, Any]:
         each = sites if part.startswith("site") else 1
         row[f"{part} ms"] = 1e3 * times.get(part, 0.0) / each
     return row
+
+
+def playing(sites: int, gone: int, parameters: int, folder: str) -> AbstractContextManager[Trial]:
+    """A trial that is ready to be played."""
+    return Trial(session_of(sites, gone, parameters), Path(folder)).apart()
 
 
 def refused(sites: int) -> str:
@@ -272,61 +284,97 @@ class Peaks:
 
 
 class Trial:
-    """A session with all its members and a relay."""
+    """A session with all its members and a relay; `apart` must be entered to play it."""
 
     def __init__(self, session: Session, folder: Path) -> None:
         self.session = session
-        self.relay = Relay(session)
-        self.members = {
+        self._members = {
             name: Member(session, identity_of(name), Spill(folder / name)) for name in session.names
         }
+        self._relay = Relay(session)
+        self._checked = {
+            name: functools.lru_cache(maxsize=4096)(shared.identity._holds.__wrapped__)
+            for name in (*session.names, RELAY)
+        }
+
+    @contextmanager
+    def apart(self) -> Iterator[Trial]:
+        """Give each party a memory of its own for signatures that held."""
+        common = shared.identity._holds
+        try:
+            yield self
+        finally:
+            vars(shared.identity)["_holds"] = common
+
+    @property
+    def members(self) -> Iterator[tuple[str, Member]]:
+        """Each site in its turn."""
+        for name in self.session.names:
+            yield name, self.member(name)
+
+    def member(self, name: str) -> Member:
+        """The site whose turn it is."""
+        vars(shared.identity)["_holds"] = self._checked[name]
+        return self._members[name]
+
+    @property
+    def relay(self) -> Relay:
+        """The relay, at its turn."""
+        vars(shared.identity)["_holds"] = self._checked[RELAY]
+        return self._relay
 
     def set_up(self) -> None:
         """S1 to S5."""
-        relay, members = self.relay, self.members
-        s1 = relay.advertised({n: m.advertise() for n, m in members.items()})
-        s2 = relay.encapsulated({n: m.encapsulate(s1.pop(n)) for n, m in members.items()})
-        s3 = relay.dealt({n: m.prekeys(s2.pop(n)) for n, m in members.items()})
-        s4 = relay.confirmed({n: m.confirm(s3.pop(n)) for n, m in members.items()})
-        for name, member in members.items():
-            member.activate(s4[name])
+        replies = {name: member.advertise() for name, member in self.members}
+        requests = self.relay.advertised(replies)
+        replies = {name: member.encapsulate(requests.pop(name)) for name, member in self.members}
+        requests = self.relay.encapsulated(replies)
+        replies = {name: member.prekeys(requests.pop(name)) for name, member in self.members}
+        requests = self.relay.dealt(replies)
+        replies = {name: member.confirm(requests.pop(name)) for name, member in self.members}
+        requests = self.relay.confirmed(replies)
+        for name, member in self.members:
+            member.activate(requests[name])
 
     def run_round(self, round_no: int, gone: Collection[str], peaks: Peaks | None = None) -> None:
         """One round; the sites of `gone` vanish before they send. The sum must be the plain one."""
-        relay, ask = self.relay, peaks.ask if peaks else _ask
+        ask = peaks.ask if peaks else _ask
         total = np.zeros(self.session.length, np.uint32)
-        r0 = ask("R0", relay.open_round, round_no, model_hash=MODEL)
+        r0 = ask("R0", self.relay.open_round, round_no, model_hash=MODEL)
         for name in r0:
             if name not in gone:
                 vector = self._vector(name, round_no)
                 total += vector
                 reply = self._upload(name, ask("R0", r0.__getitem__, name), vector)
-                ask("R1", relay.add_masked, name, reply)
+                ask("R1", self.relay.add_masked, name, reply)
         del r0
-        for name, request in ask("R2", relay.close_inputs).items():
-            relay.add_agreement(name, self.members[name].agree(request))
-        for name, request in ask("R3", relay.close_agreement).items():
-            ask("R3", relay.add_release, name, self.members[name].release(request))
-        summed = ask("unmask", relay.unmask)
+        for name, request in ask("R2", self.relay.close_inputs).items():
+            agreed = self.member(name).agree(request)
+            self.relay.add_agreement(name, agreed)
+        for name, request in ask("R3", self.relay.close_agreement).items():
+            released = self.member(name).release(request)
+            ask("R3", self.relay.add_release, name, released)
+        summed = ask("unmask", self.relay.unmask)
         if not np.array_equal(summed, total & self.session.ring.modulus_mask):
             raise AssertionError(f"round {round_no}: the published sum is not the plain one")
         del summed, total
-        result = ask("publish", relay.publish)
-        for member in self.members.values():
+        result = ask("publish", self.relay.publish)
+        for _, member in self.members:
             member.accept_result(result)
 
     def settle(self, peaks: Peaks | None = None) -> None:
         """The recheck after the last round."""
         ask = peaks.ask if peaks else _ask
-        for name, member in self.members.items():
+        for name in self.session.names:
             for package in ask("recheck", self.relay.recheck_packages, name):
-                self.relay.add_recheck(name, member.check_chunks(package))
+                attestation = self.member(name).check_chunks(package)
+                self.relay.add_recheck(name, attestation)
         settlement = self.relay.settlement()
-        for member in self.members.values():
+        for _, member in self.members:
             member.settle(settlement)
 
     def _upload(self, name: str, request: bytes, vector: RingVector) -> bytes:
-        member = self.members[name]
+        member = self.member(name)
         return member.masked_input(member.open_round(request, model_hash=MODEL), vector)
 
     def _vector(self, name: str, round_no: int) -> RingVector:
