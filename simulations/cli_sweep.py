@@ -56,7 +56,8 @@ def add_sweep(
         default=[],
         metavar="KEY=VALUE",
         dest="overrides",
-        help="change a value of the scenario in all runs; may be repeated",
+        help="change a value of the scenario in all runs, or in those of one mode: "
+        "local.training.rounds=40; may be repeated",
     )
     sweep.add_argument(
         "--out", type=Path, metavar="DIR", help="the sweep's folder (default: runs/sweep-SCENARIO)"

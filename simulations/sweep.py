@@ -45,7 +45,8 @@ class SweepOptions:
     Attributes:
         scenario: A bundled scenario's name, or the path of a TOML file.
         out: The sweep's folder; one that holds finished runs is gone on with.
-        overrides: As for `load_scenario`; they hold for all modes.
+        overrides: As for `load_scenario`. They hold for all modes, but for those that start with
+            a mode's name, such as "local.training.rounds=40".
         modes: Privacy modes to compare.
         epsilons: Promises to compare, each above 0.
         seeds: Each changes the start, the draws, the noise and, if random, the split.
@@ -74,11 +75,18 @@ class SweepOptions:
                 f"--epsilons has {epsilon:g}; an epsilon is a number above 0.",
             )
         for line in self.overrides:
-            key = line.partition("=")[0].strip().removeprefix("plan.").replace("-", "_")
+            key = _for_mode(line)[1].partition("=")[0].strip().removeprefix("plan.")
+            key = key.replace("-", "_")
             require(
                 key not in _SWEPT,
                 f"--set {line!r}: a sweep sets {key} itself; choose with {_SWEPT.get(key)}.",
             )
+
+
+def _for_mode(override: str) -> tuple[str | None, str]:
+    """The mode that an override is for, None if for all, and the override without it."""
+    first, dot, rest = override.strip().partition(".")
+    return (first, rest) if dot and first in MODES else (None, override)
 
 
 _SWEPT = {
@@ -204,13 +212,21 @@ def _scenario(options: SweepOptions, cell: Cell) -> Scenario:
         f"simulation.seed={cell.seed}",
         f"model.init_seed={cell.seed}",
     )
-    scenario = load_scenario(options.scenario, [*options.overrides, *own])
+    scenario = load_scenario(options.scenario, [*_overrides(options, cell.mode), *own])
     require(
         scenario.plan.evaluation.release == "exact",
         f"scenario {scenario.name!r} releases no test metrics, and a sweep compares them. "
         "Add --set evaluation.release=exact.",
     )
     return scenario
+
+
+def _overrides(options: SweepOptions, mode: str | None) -> list[str]:
+    """What holds for all modes, then what is for this mode alone."""
+    found = [_for_mode(line) for line in options.overrides]
+    return [line for to, line in found if to is None] + [
+        line for to, line in found if to and to == mode
+    ]
 
 
 def _check(plan: StudyPlan) -> None:
@@ -222,7 +238,7 @@ def _check(plan: StudyPlan) -> None:
 
 def _data_sha256(options: SweepOptions) -> str:
     """One hash over all records, whatever seeds and modes are swept."""
-    scenario = load_scenario(options.scenario, options.overrides)
+    scenario = load_scenario(options.scenario, _overrides(options, None))
     digest = hashlib.sha256()
     for hospital in load_hospitals(scenario.simulation, scenario.plan):
         for part in (hospital.train, hospital.test):

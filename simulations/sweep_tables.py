@@ -214,7 +214,8 @@ def run_section(sweep: Table) -> Html:
     how = (
         "Each run can be repeated alone: fedward-sim run "
         f"{text(sweep, 'scenario')} --baselines --seed SEED --set privacy.mode=MODE "
-        "--set privacy.epsilon=EPSILON, with the same --data and --set."
+        "--set privacy.epsilon=EPSILON, with the same --data and --set (without a mode’s name "
+        "in front)."
     )
     listing = table("Every run", columns, rows)
     return section("runs", "Runs", paragraph(how), unfold("Show all runs", listing))

@@ -129,6 +129,14 @@ def test_settings_seeds_and_data_keep_runs_apart(folder: Path, tmp_path: Path) -
     assert sweep.key(Cell("local", 8.0, 1)) != other.key(Cell("local", 8.0, 1))
 
 
+def test_a_setting_for_one_mode_leaves_the_other_alone(tmp_path: Path) -> None:
+    overrides = ("training.rounds=1", "local.training.rounds=3", "distributed.privacy.clip_norm=2")
+    sweep = prepare_sweep(SweepOptions("breast_cancer", tmp_path, overrides, epsilons=(8.0,)))
+    plans = {cell.mode: scenario.plan for cell, scenario in sweep.scenarios.items()}
+    assert [plans[m].training.rounds for m in ("local", "distributed")] == [3, 1]
+    assert [plans[m].privacy.clip_norm for m in ("local", "distributed")] == [1.0, 2.0]
+
+
 def test_a_stopped_sweep_says_what_is_kept_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +175,8 @@ def test_a_stopped_sweep_says_what_is_kept_and_goes_on(
         (["--modes", "none"], "local, distributed"),
         (["--set", "privacy.epsilon=3"], "--epsilons"),
         (["--set", "plan.privacy.mode=local"], "--modes"),
+        (["--set", "local.privacy.epsilon=1"], "--epsilons"),
+        (["--set", "central.training.rounds=1"], "unknown key"),
         (["--set", "simulation.seed=3"], "--first-seed"),
         (["--set", "training.local_steps=5"], "local_steps must be 1"),
         (["--set", "evaluation.release=none"], "evaluation.release=exact"),
