@@ -61,7 +61,7 @@ def metrics_by_round(reports: Sequence[RoundReport]) -> dict[int, dict[str, floa
     for report in reports:
         if not report.reason and report.counts.sum() > 0:
             metrics = binary_metrics(report.counts)
-            metrics["patients"] = metrics.pop("count")
+            metrics["records"] = metrics.pop("count")
             found[report.model_round] = metrics
     return found
 

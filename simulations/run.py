@@ -231,6 +231,8 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
         "data": {"source": simulation.source} | asdict(_ORIGINS[simulation.source]),
         "warnings": [EXACT_WARNING],
     }
+    tested = float(sum(h.test.patient_count for h in run.hospitals))
+    fields["final"]["metrics"] |= {"patients": tested}
     fields["final"] |= {"exact": True, "per_site": _per_site(run, done.outcome.state.parameters)}
     if run.options.baselines:
         fields["baselines"] = train_baselines(
