@@ -13,6 +13,7 @@ from simulations.scenario import BUNDLED, list_scenarios, load_scenario
 
 NAMES = (
     "breast_cancer",
+    "breast_cancer_16",
     "breastmnist",
     "heart",
     "heart_flamby_fedadam",
@@ -41,7 +42,8 @@ def test_bundled_scenarios_keep_the_common_promises(name: str) -> None:
     plan = scenario.plan
     assert plan.name == name.replace("_", "-")
     assert plan.privacy.mode == ("none" if "flamby" in name else "local")
-    assert (len(plan.cohort.sites), plan.cohort.threshold, plan.cohort.colluders) == (4, 3, 1)
+    cohort = (16, 13, 1) if name == "breast_cancer_16" else (4, 3, 1)
+    assert (len(plan.cohort.sites), plan.cohort.threshold, plan.cohort.colluders) == cohort
     assert plan.evaluation.release == "exact"
 
 
