@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,8 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from simulations.sweep import prepare_sweep, run_sweep  # noqa: PLC0415  # takes seconds
 
     sweep = prepare_sweep(_options(arguments))
-    progress = SweepProgress(None if arguments.quiet else sys.stderr)
+    width = shutil.get_terminal_size().columns
+    progress = SweepProgress(None if arguments.quiet else sys.stderr, width=width)
     stopped = False
     try:
         run_sweep(sweep, progress)
@@ -190,8 +192,9 @@ class SweepProgress:
             for key, title in (("auroc", "AUROC"), ("accuracy", "acc."))
             if key in metrics
         )
+        line = f"{name}{shown}{self._left(0.0)}"
         self.close()
-        self._write(f"{name}{shown}{self._left(0.0)}"[: self._width - 1] + "\n")
+        self._write((line[: self._width - 1] if self._live else line) + "\n")
 
     def close(self) -> None:
         """Erase the line that is being rewritten."""
@@ -206,7 +209,7 @@ class SweepProgress:
 
     def _left(self, part: float) -> str:
         """The time that the waiting runs take, judged by finished ones of their mode."""
-        from server.facts import duration  # noqa: PLC0415
+        from server.facts import duration  # noqa: PLC0415  # keeps --help instant
 
         known = [s for seconds in self._seconds.values() for s in seconds]
         if not known:
@@ -217,7 +220,8 @@ class SweepProgress:
         for cell in self._waiting:
             same = self._seconds.get(cell.mode, known)
             left += sum(same) / len(same)
-        return f"  {duration(max(round(left), 1))} left"
+        seconds = max(round(left), 1)
+        return f"  {f'{seconds} s' if seconds < 100 else duration(seconds)} left"
 
     def _write(self, text: str) -> None:
         if self._stream is not None:

@@ -109,7 +109,7 @@ def _epsilon_axis(frame: Frame, epsilons: Sequence[float]) -> Html:
             parts.append(element("text", label, x=x, y=y + 18, class_="tick middle"))
             free = x + half + 4
     middle = (frame.left + frame.right) / 2
-    name = "ε promised to a patient (less is more private)"
+    name = "ε promised (less is more private)"
     parts.append(element("text", name, x=middle, y=y + 34, class_="tick middle"))
     return join(parts)
 

@@ -153,7 +153,8 @@ def _result_section(sweep: Table) -> Html:
         "on everybody’s patients (the mean over hospitals)"
     )
     said += ", each under the better of the two modes’ settings." if both_modes(sweep) else "."
-    return section("result", "Result", charts, paragraph(said, style="note"))
+    both = element("div", charts, class_="halves")
+    return section("result", "Result", both, paragraph(said, style="note"))
 
 
 def _chart(sweep: Table, metric: str) -> Html | None:
@@ -180,5 +181,5 @@ def _chart(sweep: Table, metric: str) -> Html | None:
         for c in curves
     ] + [f"{level.name} {level.value:.3f}" for level in levels]
     alt = f"{name} against epsilon. {'; '.join(said)}."
-    chart = epsilon_chart(alt, curves, levels, width=860, height=330)
+    chart = epsilon_chart(alt, curves, levels, width=430, height=300)
     return figure(element("h3", f"{name} against ε"), chart)

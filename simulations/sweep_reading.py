@@ -11,7 +11,7 @@ from simulations.sweep_chart import Estimate
 
 Table = Mapping[str, Any]
 METRICS = ("auroc", "accuracy")
-LISTED = ("auroc", "accuracy", "balanced_accuracy", "recall", "f1", "brier")
+LISTED = ("auroc", "accuracy", "recall", "f1", "brier")
 _NAMES = {
     ("distributed", "study"): "Mode distributed",
     ("local", "study"): "Mode local",

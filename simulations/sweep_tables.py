@@ -30,9 +30,9 @@ def difference_section(sweep: Table) -> Html:
     if not rows:
         return section("differences", "Differences", paragraph("Nothing could be compared."))
     note = (
-        "Each difference is the mean over pairs of runs with the same seed: start, split and "
-        "baselines are theirs in common. Less than about two standard errors is no evidence of "
-        "any difference; with few seeds even more is weak."
+        "Each difference is a mean over pairs of runs with the same seed, so with the same "
+        "starting model and split. Less than about two standard errors is no evidence of any "
+        "difference; with few seeds even more is weak."
     )
     caption = "Paired differences; above zero the first is better"
     return section(
@@ -164,8 +164,10 @@ def limit_section(sweep: Table) -> Html:
             "these very patients flatter the figures, and that choice is not covered by ε.",
         ),
         (
-            "Pooled data under DP-SGD are given the same settings as the mode beside it,",
-            "not the best that could be found for them.",
+            "Every baseline takes the settings of the mode beside it,",
+            "not the best that could be found for it. A learning rate that suits clipped "
+            "gradients may be too small or too large without clipping: where the lines without "
+            "privacy lie low, the settings are at fault, not the lack of noise.",
         ),
         (
             "A hospital alone",
