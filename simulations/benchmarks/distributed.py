@@ -54,8 +54,8 @@ from simulations.scenario import load_scenario
 from simulations.sites import write_sites
 
 SEED = 1
-DEVIATION = 5000.0
-"""Of the sampled noise, in ring units: about that of the bundled studies."""
+DEVIATIONS = {24: 50_000, 32: 8_000_000}
+"""One site's share of the noise in ring units, about as in the bundled studies, by bits."""
 
 TARGET_ROUNDS = 1000
 TARGET_STUDY_S = 60.0
@@ -93,9 +93,11 @@ def sampling(chosen: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     count = 20_000 if chosen.quick else 1_000_000
     few = 200 if chosen.quick else 5_000
     stream, plain = ChaChaRandom(simulation_key(SEED, "noise")), random.Random(SEED)
+    wide = DEVIATIONS[24]
     samplers = {
-        "discrete Gaussian": (count, lambda: discrete_gaussian(stream, DEVIATION, count)),
-        "one draw at a time": (few, lambda: [plain_draw(plain, 5000) for _ in range(few)]),
+        "discrete Gaussian": (count, lambda: discrete_gaussian(stream, DEVIATIONS[24], count)),
+        "the same, 32 bits": (count, lambda: discrete_gaussian(stream, DEVIATIONS[32], count)),
+        "one draw at a time": (few, lambda: [plain_draw(plain, wide) for _ in range(few)]),
         "float32 Gaussian": (count, lambda: stream.gaussian(count)),
         "torch.randn": (count, lambda: torch.randn(count)),
     }
