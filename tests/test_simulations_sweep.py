@@ -122,11 +122,29 @@ def test_settings_seeds_and_data_keep_runs_apart(folder: Path, tmp_path: Path) -
     assert kept(epsilons=(8.0000001,)) == 0  # the same name but for the hash
     assert kept(overrides=("training.rounds=2", "evaluation.bins=64")) == 0
     assert kept(overrides=("training.rounds=1", "evaluation.bins=64", "simulation.skew=0.1")) == 0
+
+
+def test_a_run_is_known_by_plan_simulation_and_data(folder: Path, tmp_path: Path) -> None:
+    def sweep_of(out: Path, *more: str, data: str = "0" * 64) -> sweeps.Sweep:
+        overrides = ("training.rounds=1", "evaluation.bins=64", *more)
+        sweep = prepare_sweep(SweepOptions("breast_cancer", out, overrides, epsilons=(8.0,)))
+        return sweeps.Sweep(sweep.options, sweep.scenarios, data)
+
+    cell = Cell("local", 8.0, 1)
+    key = sweep_of(tmp_path).key(cell)
+    assert key == sweep_of(folder).key(cell)
+    assert key != sweep_of(tmp_path, data="1" * 64).key(cell)
+    assert key != sweep_of(tmp_path, "simulation.skew=0.3").key(cell)
+    assert key != sweep_of(tmp_path, "local.training.learning_rate=0.5").key(cell)
+    assert key == sweep_of(tmp_path, "distributed.training.learning_rate=0.5").key(cell)
+    # A file that was given another run's name is not taken for that run.
     sweep = prepare_sweep(
-        SweepOptions("breast_cancer", folder, ("training.rounds=1", "evaluation.bins=64"))
+        SweepOptions("breast_cancer", tmp_path, ("training.rounds=1", "evaluation.bins=64"))
     )
-    other = sweeps.Sweep(sweep.options, sweep.scenarios, "0" * 64)
-    assert sweep.key(Cell("local", 8.0, 1)) != other.key(Cell("local", 8.0, 1))
+    other = sweep.path(cell)
+    other.parent.mkdir()
+    other.write_text(next((folder / "runs").glob("local-8-2-*.json")).read_text())
+    assert sweep.kept() == {}
 
 
 def test_a_setting_for_one_mode_leaves_the_other_alone(tmp_path: Path) -> None:
@@ -263,8 +281,10 @@ def test_every_chart_stays_within_its_frame(groups: list[list[Estimate]]) -> Non
     assert all(0 <= n <= 860 for n in numbers)
     heights = [float(a["cy"] or "nan") for tag, a in page if tag == "circle"]
     assert all(9 <= h <= 293 for h in heights)
-    bars = sum("error" in (a.get("class") or "") for _, a in page)
-    assert bars == sum(p.sd is not None for points in groups for p in points)
+    bars = [a["d"] or "" for _, a in page if "error" in (a.get("class") or "")]
+    assert len(bars) == sum(p.sd is not None for points in groups for p in points)
+    ends = [float(y) for bar in bars for y in re.findall(r",(-?[\d.]+)", bar)]
+    assert all(9 <= y <= 293 for y in ends)
 
 
 def check_svg(source: str) -> list[tuple[str, dict[str, str | None]]]:
