@@ -22,14 +22,18 @@ from client.share import noisy_integers
 from client.store import Prefixed, RunStore
 from client.training import LocalTrainer
 from shared import plan as plans
+from shared import rfc9162
 from shared.errors import ConfigError, ProtocolError
+from shared.evidence import Witness, log_leaves
 from shared.identity import Identity
+from shared.messages import decode
 from shared.metrics import score_histogram
 from shared.models import build_model, initial_parameters, input_shape, parameter_spec
 from shared.optimizers import apply_update, initial_state
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
+from shared.secagg.messages import Opening
 from shared.secagg.ring import RingVector
 from shared.study import (
     Packed,
@@ -87,6 +91,7 @@ class SiteRun:
     def _load(self) -> None:
         self.member = Member(self._session, self._identity, Prefixed(self.store, "secagg/0/"))
         self.state = state_from_bytes(self.store["model"])
+        self.witness = Witness(self._session, self.store.keep)
 
     def refresh(self) -> None:
         """Notice what another process of this site wrote."""
@@ -145,6 +150,7 @@ class SiteRun:
             if outcome.round <= int.from_bytes(self.store["applied"], "little"):
                 continue
             self.store["applied"] = outcome.round.to_bytes(8, "little")
+            self.witness.result(result)
             if outcome.total is None or self.state.round_no >= self.plan.training.rounds:
                 continue
             update = self.layout.update_of(outcome.total, outcome.contributors)
@@ -154,6 +160,7 @@ class SiteRun:
     def contribute(self, opening: bytes) -> bytes:
         """Train from the own model and return the masked vector (R1)."""
         ticket = self.member.open_round(opening, model_hash=self.state.digest())
+        self.witness.refill(decode(Opening, opening).refill)
         if ticket.reply is not None:
             return ticket.reply
         started = time.perf_counter()
@@ -242,6 +249,7 @@ class SiteRun:
             (epsilon_of(noise, rate, steps, delta) if noise and delta and steps else 0.0)
             for noise in (sigma, alone)
         )
+        leaves = log_leaves(self.store.evidence())
         return Receipt(
             run_id=self.run_id,
             site=self.config.name,
@@ -255,6 +263,8 @@ class SiteRun:
             noise_multiplier=float(sigma),
             sample_rate=float(rate) if sigma else 0.0,
             ledger_head=self._ledger.head_of_run(self.run_id),
+            log_size=len(leaves),
+            log_root=rfc9162.root_of(leaves),
         )
 
 

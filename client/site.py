@@ -18,6 +18,7 @@ from shared import plan as plans
 from shared.errors import ProtocolError
 from shared.messages import decode, encode
 from shared.plan import StudyPlan
+from shared.secagg.messages import Included, Settlement
 from shared.study import (
     FinishRequest,
     Join,
@@ -86,6 +87,7 @@ class Site:
         run = self._open(request.run_id, plan)
         with run.transaction():
             advertise = run.member.advertise()
+            run.witness.epoch()
         return encode(Joined(site=self.config.name, advertise=advertise))
 
     def _setup(self, body: bytes) -> bytes:
@@ -95,7 +97,9 @@ class Site:
             steps = {2: run.member.encapsulate, 3: run.member.prekeys, 4: run.member.confirm}
             if request.step not in steps:
                 raise ProtocolError(f"set-up step {request.step} is not 2, 3 or 4")
-            return steps[request.step](request.body)
+            answer = steps[request.step](request.body)
+            run.witness.deliveries(request.body)
+            return answer
 
     def _round(self, body: bytes) -> bytes:
         request = decode(RoundRequest, body)
@@ -103,6 +107,7 @@ class Site:
         with run.transaction():
             if request.activation is not None:
                 run.member.activate(request.activation)
+                run.witness.activation(request.activation)
             run.accept(request.results)
             return run.contribute(request.opening)
 
@@ -110,7 +115,9 @@ class Site:
         request = decode(PhaseRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
-            return run.member.agree(request.body)
+            answer = run.member.agree(request.body)
+            run.witness.attestations(decode(Included, request.body).attestations)
+            return answer
 
     def _release(self, body: bytes) -> bytes:
         request = decode(PhaseRequest, body)
@@ -122,7 +129,9 @@ class Site:
         request = decode(PhaseRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
-            return run.member.refill(request.body)
+            answer = run.member.refill(request.body)
+            run.witness.refill(request.body)
+            return answer
 
     def _recheck(self, body: bytes) -> bytes:
         request = decode(RecheckRequest, body)
@@ -138,10 +147,13 @@ class Site:
         with run.transaction():
             run.accept(request.results)
             run.member.settle(request.settlement)
+            run.witness.attestations(decode(Settlement, request.settlement).attestations)
             self.books.ledger.close_run(request.run_id)
             receipt = encode(run.receipt())
-        signature = self.identity.sign("receipt", receipt)
-        return encode(SignedReceipt(receipt=receipt, signature=signature))
+            signature = self.identity.sign("receipt", receipt)
+            answer = encode(SignedReceipt(receipt=receipt, signature=signature))
+            run.witness.receipt(answer)
+        return answer
 
     def _open(self, run_id: str, plan: StudyPlan) -> SiteRun:
         folder = self._run_folder(run_id)

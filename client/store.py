@@ -1,11 +1,13 @@
 """A site's durable key-value state of one run: what must never happen twice is on disk first.
 
-One SQLite file per run. Every message is handled inside one transaction that commits before the
+One SQLite file per run. Beside the state it holds the run's evidence, records that are only ever
+added to. Every message is handled inside one transaction that commits before the
 reply leaves, so that after a crash the site either never acted or still knows that it did.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sqlite3
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
@@ -31,12 +33,21 @@ def connect(path: Path, *, durable: bool) -> sqlite3.Connection:
     return connection
 
 
+_EVIDENCE = (
+    "CREATE TABLE IF NOT EXISTS evidence"
+    " (number INTEGER PRIMARY KEY, hash BLOB UNIQUE, record BLOB)"
+)
+_KEEP = "INSERT INTO evidence (hash, record) VALUES (?, ?) ON CONFLICT (hash) DO NOTHING"
+
+
 class RunStore(MutableMapping[str, bytes]):
     """Bytes by name, kept in memory and on disk, written in all-or-nothing transactions."""
 
     def __init__(self, path: Path, *, durable: bool = True) -> None:
         self._db = connect(path, durable=durable)
         self._db.execute("CREATE TABLE IF NOT EXISTS item (name TEXT PRIMARY KEY, value BLOB)")
+        self._db.execute(_EVIDENCE)
+        self._pending: list[bytes] = []
         self._items: dict[str, bytes] = {}
         self._touched: set[str] = set()
         self._generation = -1
@@ -65,9 +76,19 @@ class RunStore(MutableMapping[str, bytes]):
             raise
         finally:
             self._touched.clear()
+            self._pending.clear()
+
+    def keep(self, record: bytes) -> None:
+        """Add a record of evidence to the open transaction; a known one changes nothing."""
+        self._pending.append(record)
+
+    def evidence(self) -> tuple[bytes, ...]:
+        """All records of evidence, oldest first, those of the open transaction included."""
+        rows = self._db.execute("SELECT record FROM evidence ORDER BY number")
+        return tuple(dict.fromkeys([*(bytes(row[0]) for row in rows), *self._pending]))
 
     def _write(self) -> None:
-        if not self._touched:
+        if not self._touched and not self._pending:
             return
         self._db.execute("BEGIN IMMEDIATE")
         try:
@@ -76,6 +97,8 @@ class RunStore(MutableMapping[str, bytes]):
                     self._db.execute(_PUT, (name, self._items[name]))
                 else:
                     self._db.execute("DELETE FROM item WHERE name = ?", (name,))
+            for record in self._pending:
+                self._db.execute(_KEEP, (hashlib.sha256(record).digest(), record))
             self._db.execute("COMMIT")
         except BaseException:
             self._db.execute("ROLLBACK")

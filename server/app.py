@@ -7,6 +7,7 @@ from collections.abc import Callable
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from server.evidence import NoRecord, Recorder
 from server.rounds import Observer, Study, StudyOutcome
 from server.transport import GridTransport
 from shared.plan import StudyPlan
@@ -21,6 +22,7 @@ def make_server_app(
     *,
     observer: Observer,
     finished: Finished,
+    recorder: Recorder | None = None,
     poll_s: float = 0.2,
 ) -> ServerApp:
     """Build the ServerApp of one run of a plan.
@@ -31,6 +33,7 @@ def make_server_app(
         roster: Public identity of each site, as the coordinator knows them.
         observer: Called after each round.
         finished: Called once at the end, with the model and what was sent.
+        recorder: Keeps the evidence; nothing is kept without one.
         poll_s: Seconds between two looks for answers.
     """
     app = ServerApp()
@@ -39,7 +42,7 @@ def make_server_app(
     def main(grid: Grid, context: Context) -> None:
         del context
         transport = GridTransport(grid, len(plan.cohort.names), poll_s=poll_s)
-        study = Study(plan, run_id, roster, transport, observer)
+        study = Study(plan, run_id, roster, transport, observer, recorder or NoRecord())
         finished(study.run(), transport)
 
     return app

@@ -11,16 +11,27 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save as save_tensors
 
+from server.evidence import Spool, along
 from server.results import write_text
 from server.rounds import RoundReport, StudyOutcome
 from server.transport import GridTransport
+from shared.evidence import (
+    PLAN_FILE,
+    RECEIPTS_FILE,
+    RECORD_FILE,
+    STATE_FILE,
+    SUMS_FILE,
+    write_frames,
+    write_record_file,
+)
+from shared.identity import Identity
 from shared.messages import decode
 from shared.metrics import binary_metrics
 from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
 from shared.privacy import GRID, epsilon_of, noise_multiplier_of
 from shared.secagg.graph import tolerated_dropouts
-from shared.study import Receipt, VectorLayout
+from shared.study import Receipt, VectorLayout, state_to_bytes
 
 PROTOCOL_NAME = "fedward-secagg/1"
 _EPSILON_POINTS = 50
@@ -189,10 +200,33 @@ def write_model(plan: StudyPlan, outcome: StudyOutcome, folder: Path) -> None:
     write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", folder / "model.json")
 
 
-def write_evidence(plan: StudyPlan, outcome: StudyOutcome, folder: Path) -> None:
-    """Write what an auditor checks: the plan, each round's cohort, the sites' signed receipts."""
+def write_evidence(
+    plan: StudyPlan,
+    outcome: StudyOutcome,
+    spool: Spool,
+    folder: Path,
+    identity: Identity | None = None,
+) -> None:
+    """Write what an auditor checks; shared/EVIDENCE.md says what each file holds.
+
+    Args:
+        plan: The study's plan.
+        outcome: How it ended.
+        spool: What the study loop recorded.
+        folder: RUN/evidence.
+        identity: The coordinator's, which seals the server's record; None where it has none.
+    """
     folder.mkdir(exist_ok=True)
-    _write_bytes(plan.canonical_bytes, folder / "plan.json")
+    _write_bytes(plan.canonical_bytes, folder / PLAN_FILE)
+    records = along(spool.records, outcome.transcript)
+    write_record_file(folder / RECORD_FILE, records, keeper="server", identity=identity)
+    write_frames(folder / SUMS_FILE, spool.sums())
+    _write_bytes(state_to_bytes(outcome.state), folder / STATE_FILE)
+    write_text(receipts_text(plan, outcome), folder / RECEIPTS_FILE)
+
+
+def receipts_text(plan: StudyPlan, outcome: StudyOutcome) -> str:
+    """receipts.json: the sites' signed receipts, and the rounds in plain words."""
     receipts = {
         name: {"receipt": signed.receipt.hex(), "signature": signed.signature.hex()}
         for name, signed in sorted(outcome.receipts.items())
@@ -213,7 +247,7 @@ def write_evidence(plan: StudyPlan, outcome: StudyOutcome, folder: Path) -> None
         ],
         "receipts": receipts,
     }
-    write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", folder / "receipts.json")
+    return json.dumps(record, indent=2, ensure_ascii=False) + "\n"
 
 
 def _write_bytes(data: bytes, path: Path) -> None:

@@ -15,8 +15,10 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from server.evidence import NoRecord, Recorder
 from server.secagg import Relay
 from shared.errors import CohortError, ProtocolError
+from shared.evidence import Witness
 from shared.identity import verify
 from shared.messages import decode, encode
 from shared.models import build_model, initial_parameters, parameter_spec
@@ -122,6 +124,7 @@ class Study:
         roster: Public identity of each site.
         transport: How bytes travel.
         observer: Called after every round.
+        recorder: Keeps the evidence.
     """
 
     plan: StudyPlan
@@ -129,6 +132,7 @@ class Study:
     roster: dict[str, bytes]
     transport: Transport
     observer: Observer = field(default=lambda report: None)
+    recorder: Recorder = field(default_factory=NoRecord)
 
     def __post_init__(self) -> None:
         """Build the starting model, which every site builds alike from the plan."""
@@ -136,6 +140,7 @@ class Study:
         self._layout = VectorLayout(self.plan, spec.length)
         session = session_of(self.plan, self.run_id, self.roster, spec.length)
         self._relay = Relay(session)
+        self._witness = Witness(session, self.recorder.keep)
         self.state = initial_state(self.plan.optimizer, initial_parameters(self.plan))
         self._sites: dict[str, _Site] = {}
         self._results: deque[bytes] = deque(maxlen=MAX_RESULTS)
@@ -177,8 +182,10 @@ class Study:
         join = encode(Join(run_id=self.run_id, plan=self.plan.canonical_bytes))
         replies = self._all("join", dict.fromkeys(names, join))
         first = {name: decode(Joined, reply).advertise for name, reply in replies.items()}
+        self._witness.epoch()
         requests = self._relay.advertised(first)
         for step, take in ((2, self._relay.encapsulated), (3, self._relay.dealt)):
+            self._witness.deliveries(requests[names[0]])
             requests = take(self._step(step, requests))
         activation = self._relay.confirmed(self._step(4, requests))
         self._sites = {name: _Site(activation[name]) for name in names}
@@ -212,6 +219,8 @@ class Study:
         openings = self._relay.open_round(
             self._round_no, model_hash=self.state.digest(), cohort=present
         )
+        for record in self._relay.batch_records:
+            self.recorder.keep(record)
         cohort = self._relay.cohort
         reason, counts, inputs_s = "", np.zeros(0, dtype=np.int64), 0.0
         contributors: tuple[str, ...] = ()
@@ -227,6 +236,8 @@ class Study:
         except ProtocolError as error:
             reason = str(error)
             result = self._relay.abort(reason)
+        self._witness.result(result)
+        self.recorder.publish(result)
         self._results.append(result)
         self._published += 1
         self._note_absent(cohort, contributors)
@@ -312,7 +323,9 @@ class Study:
 
     def _unmask(self) -> NDArray[np.uint32]:
         """Agree on who is in, open the masks, and return the sum."""
-        self._phase("agree", self._relay.close_inputs(), self._relay.add_agreement)
+        inputs = self._relay.close_inputs()
+        self._witness.attestations(self._relay.attestations)
+        self._phase("agree", inputs, self._relay.add_agreement)
         requests = self._relay.close_agreement()
         if requests:
             self._phase("release", requests, self._relay.add_release)
@@ -350,6 +363,7 @@ class Study:
             except ProtocolError:
                 continue
             self._sites[name].seen = self._published
+        self._witness.attestations(self._relay.attestations)
         return self._relay.settlement()
 
     def _finish(self) -> dict[str, SignedReceipt]:
@@ -369,6 +383,7 @@ class Study:
         receipts = {name: decode(SignedReceipt, reply) for name, reply in replies.items()}
         for name, signed in receipts.items():
             self._check_receipt(name, signed)
+            self.recorder.keep(replies[name])
         return receipts
 
     def _check_receipt(self, name: str, signed: SignedReceipt) -> None:

@@ -45,6 +45,7 @@ from shared.secagg.messages import (
     S1,
     S2,
     Abort,
+    Attestation,
     Descriptor,
     Hash,
     Settlement,
@@ -268,6 +269,17 @@ class Relay:
     def contributors(self) -> tuple[str, ...]:
         """U3 of the open round, once inputs are closed."""
         return self._open().contributors
+
+    @property
+    def batch_records(self) -> tuple[bytes, bytes]:
+        """The deals and the activation of the batch that the open round uses, for the evidence."""
+        batch = self._open().batch
+        return batch.seen, batch.activation
+
+    @property
+    def attestations(self) -> tuple[Attestation, ...]:
+        """Who recomputed the last published sum so far."""
+        return self._rechecks.attestations if self._rechecks else ()
 
     # Refills; they ride with rounds, and can be sent apart when the prekeys have run out.
 

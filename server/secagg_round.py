@@ -61,6 +61,11 @@ class RelayRound:
         self._recovered: dict[str, Recovered] = {}
 
     @property
+    def batch(self) -> Batch:
+        """The batch of prekeys that it uses."""
+        return self._batch
+
+    @property
     def dropped(self) -> tuple[str, ...]:
         """The sites of the cohort outside U3."""
         return tuple(name for name in self.what.cohort if name not in self.contributors)

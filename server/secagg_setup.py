@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from shared.errors import ProtocolError
+from shared.evidence import DealSeen, DealsSeen
 from shared.identity import verify
 from shared.messages import U32, Blob, ByName, decode, encode, message
 from shared.secagg import keys, transcript
@@ -45,6 +46,7 @@ class Batch:
 
     Per dealer and round by round: commitments (64 bytes), wrapped keys (32 a partner), for each
     holder of a share its two tags (32 bytes), for each partner its check value (16 bytes).
+    `seen` is the deals as evidence, a `DealsSeen`.
     """
 
     number: Annotated[int, U32]
@@ -52,6 +54,7 @@ class Batch:
     members: Names
     transcript: Hash
     activation: Annotated[bytes, Blob()]
+    seen: Annotated[bytes, Blob()]
     commitments: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
     wrapped: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
     tags: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
@@ -101,11 +104,25 @@ def activated(
         members=tuple(sorted(deals)),
         transcript=signed,
         activation=activation,
+        seen=deals_seen(deals),
         commitments={name: deal.message.common for name, deal in deals.items()},
         wrapped={name: deal.message.parts[-1] for name, deal in deals.items()},
         tags=tags,
         checks=checks,
     )
+
+
+def deals_seen(deals: Mapping[str, Deal]) -> bytes:
+    """The deals of one step as an auditor gets them."""
+    first = next(iter(deals.values())).message
+    seen = tuple(_deal_seen(deals[name]) for name in sorted(deals))
+    return encode(DealsSeen(first.step, first.batch, first.first_round, seen))
+
+
+def _deal_seen(deal: Deal) -> DealSeen:
+    sent = deal.message
+    common = transcript.part_hash(sent.common)
+    return DealSeen(sent.sender, common, deal.part_hashes, sent.signature)
 
 
 def check_deal(session: Session, name: str, data: bytes, place: tuple[int, int, int]) -> Deal:

@@ -125,6 +125,9 @@ class Receipt:
     the same as `epsilon` in mode `local`, larger in mode `distributed`.
     `ledger_head` is the link of the site's ledger that ended this run: kept by others, it shows
     later whether the ledger was replaced by an older copy.
+    `log_size` and `log_root` are the rounds' log (shared/evidence.py) as this site holds it: all
+    rounds of the run, or since the epoch in which it joined. Signed by k sites, the receipts are
+    a checkpoint of that log with k co-signatures.
     """
 
     run_id: Annotated[str, Text()]
@@ -139,6 +142,8 @@ class Receipt:
     noise_multiplier: Annotated[float, Real()]
     sample_rate: Annotated[float, Real()]
     ledger_head: Annotated[bytes, Fixed(32)]
+    log_size: Annotated[int, U32]
+    log_root: Annotated[bytes, Fixed(32)]
 
 
 @message(0x5308)

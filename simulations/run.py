@@ -5,11 +5,9 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import sqlite3
 import tempfile
 import time
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +15,12 @@ from typing import Any
 import torch
 
 from client.app import forget_sites
+from client.config import SiteFolder
+from client.evidence import export_run
 from client.run import check_once
 from client.training import choose_device
 from server.app import make_server_app
+from server.evidence import Spool
 from server.record import server_results, write_evidence, write_model
 from server.report import write_report
 from server.results import build_results, write_results
@@ -122,6 +123,7 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
     """
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     finished: list[tuple[StudyOutcome, GridTransport]] = []
+    spool = Spool()
     plan, options = run.plan, run.options
     seed = run.scenario.simulation.seed
     with tempfile.TemporaryDirectory(prefix="fedward-") as work:
@@ -136,6 +138,7 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
             roster,
             observer=observer,
             finished=lambda outcome, transport: finished.append((outcome, transport)),
+            recorder=spool,
             poll_s=POLL_S,
         )
         try:
@@ -144,12 +147,13 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
             else:
                 run_in_process(server_app, folders, options.faults)
             wall_s = time.perf_counter() - clock
-            done = _Finished(*finished[0], folders, run_id, started, wall_s)
+            done = _Finished(*finished[0], spool, folders, run_id, started, wall_s)
             return _write_run(run, done)
         except CohortError as error:
             raise CohortError(f"{error}{_refusals(folders)}") from None
         finally:
             forget_sites()
+            spool.close()
 
 
 def _site_log(folder: Path, run_id: str) -> list[dict[str, Any]]:
@@ -174,6 +178,7 @@ class _Finished:
 
     outcome: StudyOutcome
     transport: GridTransport
+    spool: Spool
     folders: dict[str, Path]
     run_id: str
     started: datetime.datetime
@@ -189,11 +194,9 @@ def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     try:
         partial.chmod(0o755)
         write_model(run.plan, done.outcome, partial)
-        write_evidence(run.plan, done.outcome, partial / "evidence")
+        write_evidence(run.plan, done.outcome, done.spool, partial / "evidence")
         for name, folder in done.folders.items():
-            target = partial / "evidence" / "sites" / name
-            target.mkdir(parents=True)
-            _copy_database(folder / "ledger.db", target / "ledger.db")
+            export_run(SiteFolder(folder), done.run_id, partial / "evidence" / "sites" / name)
         write_results(results, partial / "results.json")
         write_report(results, partial / "report.html")
         if out.is_dir():
@@ -202,12 +205,6 @@ def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return results
-
-
-def _copy_database(source: Path, target: Path) -> None:
-    """Copy an SQLite file whole, its write-ahead log included."""
-    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
-        old.backup(new)
 
 
 def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:

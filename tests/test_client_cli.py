@@ -160,7 +160,7 @@ def test_an_older_copy_is_found_by_receipts_and_by_nothing_else(
 
 
 def write_receipts(path: Path, head: bytes, signer: str = "site-0") -> Path:
-    fields = {name: bytes(32) for name in ("plan_sha256", "model_sha256", "transcript")}
+    fields = {name: bytes(32) for name in ("plan_sha256", "model_sha256", "transcript", "log_root")}
     numbers = {
         f: 0.0
         for f in Receipt.__dataclass_fields__
@@ -168,7 +168,14 @@ def write_receipts(path: Path, head: bytes, signer: str = "site-0") -> Path:
     }
     receipt = encode(
         Receipt(
-            run_id="run-1", site="site-0", rounds=3, steps=3, ledger_head=head, **fields, **numbers
+            run_id="run-1",
+            site="site-0",
+            rounds=3,
+            steps=3,
+            ledger_head=head,
+            log_size=3,
+            **fields,
+            **numbers,
         )
     )
     signature = IDENTITIES[signer].sign("receipt", receipt)
