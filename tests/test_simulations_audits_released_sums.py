@@ -26,7 +26,7 @@ def test_what_sums_give_away_is_within_the_promise_unless_shares_are_halved(
     noise: float, kept: bool
 ) -> None:
     game = Game(PLAN, seed=1, noise=noise)
-    verdicts = judge(game, *game.play(1000))
+    verdicts = judge(game, *game.play(600))
     assert all(verdict.kept for verdict in verdicts) == kept
     assert max(verdict.measured for verdict in verdicts) > 0.3  # the attack does see the patient
 
@@ -35,7 +35,7 @@ def test_what_sums_give_away_is_within_the_promise_unless_shares_are_halved(
 def test_the_variance_of_sums_is_the_promised_one_unless_shares_are_halved(
     noise: float, kept: bool
 ) -> None:
-    spread = spread_of_sums(Game(PLAN, seed=2, noise=noise), 400)
+    spread = spread_of_sums(Game(PLAN, seed=2, noise=noise), 300)
     assert (spread.high >= 1) == kept
     assert spread.low < noise**2 < spread.high
 

@@ -284,14 +284,14 @@ GAMES = (
     # epsilon at delta 1e-2, rounds of a study, sample rate, studies in parts of --studies
     (3.0, 1, 1.0, 1.0),
     (3.0, 1, 0.5, 1.0),
-    (4.0, 10, 0.3, 0.5),
+    (4.0, 10, 0.3, 0.3),
 )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Play every game with the right noise and with half of it; print; fail if one is off."""
     options = parser(__doc__.splitlines()[0] if __doc__ else "")
-    options.add_argument("--studies", type=int, default=6_000, help="of each kind (6000)")
+    options.add_argument("--studies", type=int, default=3_000, help="of each kind (3000)")
     options.add_argument("--seed", type=int, default=1, help="of all draws (default 1)")
     chosen = options.parse_args(arguments)
     studies = 500 if chosen.quick else chosen.studies
