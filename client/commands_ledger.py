@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import os
-from importlib import resources
 from pathlib import Path
 
-from client.commands_study import Commands, open_books
+from client.commands_study import open_books
 from client.config import SiteFolder
 from client.ledger_export import check_export, export, heads_in_receipts
-from client.policy import FILE_NAME
+from client.policy import FILE_NAME, default_policy
 from shared import plan as plans
+from shared.command import Commands
 from shared.errors import ConfigError, PolicyError
 
 
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this file's commands to fedward-site."""
     ledger = commands.add_parser("ledger", help="check or export the privacy ledger")
     actions = ledger.add_subparsers(required=True, metavar="ACTION")
@@ -113,11 +113,6 @@ def _export(arguments: argparse.Namespace) -> int:
         count = export(books.ledger, arguments.file, site=config.name, public=public)
     print(f"{count} events written to {arguments.file}")
     return 0
-
-
-def default_policy() -> str:
-    """The strict policy that ships with Fedward; it allows no study yet."""
-    return (resources.files("client") / "policy.toml.default").read_text(encoding="utf-8")
 
 
 def _policy_init(arguments: argparse.Namespace) -> int:

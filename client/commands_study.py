@@ -17,14 +17,13 @@ from client.consent_sheet import sheet
 from client.data.prepared import read_prepared
 from client.policy import DatasetPolicy
 from shared import plan as plans
+from shared.command import Commands
 from shared.errors import ConfigError, PolicyError
 from shared.plan import StudyPlan
 from shared.privacy import epsilon_of_events, filtered_epsilon
 
-Commands = argparse._SubParsersAction  # argparse gives it no public name
 
-
-def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
+def add_commands(commands: Commands) -> None:
     """Add this file's commands to fedward-site."""
     approve = commands.add_parser(
         "approve",
@@ -64,7 +63,7 @@ def _approve(arguments: argparse.Namespace) -> int:
     with open_books(arguments) as (folder, config, books):
         # The policy speaks before the data are opened; of these only identifiers are read.
         books.allow(plan)
-        data = read_prepared(folder.path / config.data.train)
+        data = read_prepared(folder.data_file(config, plan, "train"))
         population = books.population(data.patient_ids)
         cost = books.consider(plan, population)
         measured = None if arguments.show and arguments.no_guard else _sensitivity(plan, config)

@@ -20,6 +20,7 @@ from shared.errors import PolicyError
 from shared.identity import Identity
 from shared.plan import StudyPlan
 from shared.privacy import PrivacyEvent, noise_multiplier_of, steps_of
+from shared.version import fedward_version, require_version
 
 LEDGER_FILE = "ledger.db"
 
@@ -79,8 +80,11 @@ class Books:
 
         Raises:
             PolicyError: the policy is missing or unusable, or does not allow the plan.
+            ConfigError: the plan needs another version of fedward.
         """
         limits = self.limits
+        if plan.requires_fedward:
+            require_version(plan.requires_fedward, fedward_version(), f"plan {plan.name!r}")
         refuse_unless_allowed(
             plan,
             limits,

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from importlib import resources
 from pathlib import Path
 from typing import Literal
 
@@ -120,6 +121,11 @@ class Policy:
             f"policy.toml says nothing about dataset {name!r}, so nothing may run on it. "
             "Add a [[dataset]] with that name."
         )
+
+
+def default_policy() -> str:
+    """The strict policy that ships with Fedward; it allows no study yet."""
+    return (resources.files("client") / "policy.toml.default").read_text(encoding="utf-8")
 
 
 class PolicyFile:

@@ -9,7 +9,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from client.config import SiteConfig, SiteFolder
+from client.config import Part, SiteConfig, SiteFolder
 from client.consent import Books
 from client.data.dataset import PatientDataset
 from client.data.prepared import read_prepared
@@ -129,8 +129,8 @@ class SiteRun:
         """The site's test patients."""
         return self._data("test")
 
-    def _data(self, part: str) -> PatientDataset:
-        path = self._folder.path / getattr(self.config.data, part)
+    def _data(self, part: Part) -> PatientDataset:
+        path = self._folder.data_file(self.config, self.plan, part)
         data = read_prepared(path)
         shape = input_shape(self.plan)
         if data.inputs.shape[1:] != shape:

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 from shared.config import canonical_json, parse, read_toml, require
 from shared.errors import ConfigError
+from shared.version import specifier
 
 SCHEMA = "fedward-plan/1"
-_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class ModelPlan:
     width: int = 16
 
     def __post_init__(self) -> None:
-        require(bool(_NAME.fullmatch(self.name)), f"name {self.name!r} is not a model's name")
+        require(bool(NAME.fullmatch(self.name)), f"name {self.name!r} is not a model's name")
         require(0 <= self.init_seed < 2**63, "init_seed must be between 0 and 2^63 - 1")
         require(all(1 <= h <= 65536 for h in self.hidden), "hidden sizes must be 1 to 65536")
         require(1 <= self.width <= 4096, f"width is {self.width}; valid: 1 to 4096")
@@ -240,7 +241,7 @@ class SitePlan:
 
     def __post_init__(self) -> None:
         require(
-            bool(_NAME.fullmatch(self.name)),
+            bool(NAME.fullmatch(self.name)),
             f"site name {self.name!r}: use 1 to 63 of a-z, 0-9 and hyphens",
         )
         require(self.expected_patients >= 1, f"site {self.name!r}: expected_patients is below 1")
@@ -327,7 +328,10 @@ class EvaluationPlan:
 
 @dataclass(frozen=True)
 class StudyPlan:
-    """One study, whole. Build it with `load`, `from_table` or `from_bytes`."""
+    """One study, whole. Build it with `load`, `from_table` or `from_bytes`.
+
+    `requires_fedward` names the versions that every site must run, such as "==0.1.3".
+    """
 
     name: str
     task: TaskPlan
@@ -339,10 +343,12 @@ class StudyPlan:
     secure_sum: SecureSumPlan = field(default_factory=SecureSumPlan)
     evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
     description: str = ""
+    requires_fedward: str = ""
     schema: Literal["fedward-plan/1"] = "fedward-plan/1"
 
     def __post_init__(self) -> None:
-        require(bool(_NAME.fullmatch(self.name)), f"name {self.name!r}: use a-z, 0-9, hyphens")
+        require(bool(NAME.fullmatch(self.name)), f"name {self.name!r}: use a-z, 0-9, hyphens")
+        specifier(self.requires_fedward, "requires_fedward")
         training, private = self.training, self.privacy.mode != "none"
         if self.privacy.mode == "distributed":
             for name, only in (("local_steps", 1), ("momentum", 0), ("weight_decay", 0)):
@@ -384,6 +390,11 @@ class StudyPlan:
             return canonical_json(self)
         except UnicodeEncodeError:
             raise ConfigError("a text of the plan holds characters that UTF-8 cannot") from None
+
+    @cached_property
+    def task_sha256(self) -> str:
+        """Hex digest of the task alone: plans that share it read a site's data alike."""
+        return hashlib.sha256(canonical_json(self.task)).hexdigest()
 
     @cached_property
     def sha256(self) -> str:

@@ -225,3 +225,13 @@ def test_withdrawing_and_unknown_folders(
     assert command(site, "withdraw", file) == 0
     assert "1 approval(s)" in capsys.readouterr().out
     assert command(tmp_path / "nowhere", "spent") == 2
+
+
+def test_a_plan_for_another_version_is_refused_before_it_costs_anything(
+    site: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for versions, code in ((">=99", 2), ("<99", 0), ("ninety-nine", 2)):
+        file = write_plan(study(), tmp_path / "plan.toml")
+        file.write_text(f'requires_fedward = "{versions}"\n' + file.read_text())
+        assert command(site, "policy", "check", file) == code
+    assert "needs fedward >=99" in capsys.readouterr().err

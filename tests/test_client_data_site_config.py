@@ -1,4 +1,4 @@
-"""The [dataset] table of site.toml, and the site's own training and test parts."""
+"""The [source] table of site.toml, and the site's own training and test parts."""
 
 from __future__ import annotations
 
@@ -9,20 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from client.config import SiteFolder
 from client.data.dataset import PatientDataset
-from client.data.site_config import load_dataset_config, read_dataset
+from client.data.site_config import SourceConfig, read_source
 from client.data.split import split_by_patient
 from shared.errors import ConfigError
 from shared.plan import FeaturePlan, ImagePlan, TaskPlan
 
 TASK = TaskPlan("ill", features=(FeaturePlan("age", minimum=0, maximum=100),))
 GOOD = """
-[dataset]
+name = "city"
+[source]
 kind = "table"
 path = "ward.csv"
-[dataset.table]
+[source.table]
 patient = "MRN"
-[[dataset.table.columns]]
+[[source.table.columns]]
 name = "ill"
 column = "krank"
 values = [["ja", "1"], ["nein", "0"]]
@@ -33,15 +35,20 @@ def load_text(folder: Path, text: str) -> str:
     """The message with which a site.toml is refused."""
     (folder / "site.toml").write_text(text)
     with pytest.raises(ConfigError) as caught:
-        load_dataset_config(folder / "site.toml")
+        SiteFolder(folder).config()
     return str(caught.value)
+
+
+def source_of(folder: Path) -> SourceConfig:
+    source = SiteFolder(folder).config().source
+    assert source is not None
+    return source
 
 
 def test_a_site_reads_its_table_beside_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "site.toml").write_text(GOOD)
     (tmp_path / "ward.csv").write_text("MRN,age,krank\na,50,ja\nb,100,nein\n")
-    config = load_dataset_config(tmp_path / "site.toml")
-    data = read_dataset(config, TASK).data
+    data = read_source(source_of(tmp_path), tmp_path, TASK).data
     assert data.inputs.tolist() == [[0], [1]]
     assert data.labels.tolist() == [1, 0]
 
@@ -49,19 +56,20 @@ def test_a_site_reads_its_table_beside_its_configuration(tmp_path: Path) -> None
 def test_other_kinds_go_to_their_readers(tmp_path: Path) -> None:
     images = TaskPlan("ill", image=ImagePlan(1, 8, 8))
     for kind, match in (("npz", "does not exist"), ("image-folder", "not a folder")):
-        (tmp_path / "site.toml").write_text(f'[dataset]\nkind = "{kind}"\npath = "nowhere"\n')
-        config = load_dataset_config(tmp_path / "site.toml")
+        text = f'name = "city"\n[source]\nkind = "{kind}"\npath = "nowhere"\n'
+        (tmp_path / "site.toml").write_text(text)
         with pytest.raises(ConfigError, match=match):
-            read_dataset(config, images)
+            read_source(source_of(tmp_path), tmp_path, images)
 
 
 def test_mistakes_are_named(tmp_path: Path) -> None:
-    assert "[dataset]" in load_text(tmp_path, "")
     typo = load_text(tmp_path, GOOD.replace('patient = "MRN"', 'patint = "MRN"'))
     assert "Did you mean 'patient'?" in typo
-    assert "site.toml [dataset]: table" in typo
+    assert "site.toml: source: table" in typo
     assert "'parquet'; valid: 'table'" in load_text(tmp_path, GOOD.replace('"table"', '"parquet"'))
-    assert "[dataset.table]" in load_text(tmp_path, '[dataset]\nkind = "table"\npath = "x"\n')
+    assert "[source.table]" in load_text(
+        tmp_path, 'name = "city"\n[source]\nkind = "table"\npath = "x"\n'
+    )
     pair = load_text(tmp_path, GOOD.replace('["ja", "1"]', '["ja"]'))
     assert "values[0] must be a pair" in pair
 

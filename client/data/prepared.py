@@ -36,7 +36,8 @@ def read_prepared(path: Path) -> PatientDataset:
             labels, patients = file.get_tensor("labels"), file.get_tensor("patients")
     except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise ConfigError(
-            f"{path} is not a prepared dataset ({type(error).__name__}); prepare it again."
+            f"{path} is not a prepared dataset ({type(error).__name__}). Prepare it: "
+            "fedward-site data prepare PLAN."
         ) from None
     return PatientDataset(
         np.asarray(inputs, dtype=np.float32),

@@ -1,25 +1,24 @@
-"""The [dataset] table of site.toml: where this hospital's data lies and how it answers the plan.
+"""The [source] table of site.toml: where this hospital's data lies and how it answers the plan.
 
 It is written by the hospital's engineer, read on the site only, and never sent.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from client.data.images import ImageMapping, read_image_folder
 from client.data.npz import read_npz
 from client.data.table import Reading, TableMapping, read_table
-from shared.config import parse, read_toml, require
-from shared.errors import ConfigError
+from shared.config import require
 from shared.plan import TaskPlan
 
 
 @dataclass(frozen=True)
-class DatasetConfig:
-    """One dataset of this hospital.
+class SourceConfig:
+    """Where this hospital's own files lie, and how they answer a plan.
 
     Attributes:
         kind: "table" (CSV or Parquet), "image-folder" or "npz".
@@ -46,34 +45,26 @@ class DatasetConfig:
         require(self.test_seed >= 0, "test_seed must be 0 or more")
         require(
             (self.kind == "table") == (self.table is not None),
-            "kind 'table' needs a [dataset.table] that names the patient column, and only it",
+            "kind 'table' needs a [source.table] that names the patient column, and only it",
         )
         require(
             self.kind == "image-folder" or self.images == ImageMapping(),
-            f"[dataset.images] is for kind 'image-folder', and this one is {self.kind!r}",
+            f"[source.images] is for kind 'image-folder', and this one is {self.kind!r}",
         )
 
 
-def load_dataset_config(path: Path) -> DatasetConfig:
-    """Read the [dataset] table of a site.toml.
+def read_source(config: SourceConfig, folder: Path, task: TaskPlan) -> Reading:
+    """Read all records as the plan's inputs and labels.
 
-    Raises:
-        ConfigError: the file or table is missing, or a key is unknown; the message names it.
-    """
-    table = read_toml(path).get("dataset")
-    if not isinstance(table, dict):
-        raise ConfigError(f"{path} has no [dataset] table. Add it with kind and path.")
-    config = parse(DatasetConfig, table, f"{path} [dataset]")
-    return replace(config, path=str(path.parent / Path(config.path).expanduser()))
-
-
-def read_dataset(config: DatasetConfig, task: TaskPlan) -> Reading:
-    """Read all records of the dataset as the plan's inputs and labels.
+    Args:
+        config: From site.toml.
+        folder: Of site.toml, where a relative path begins.
+        task: Of the plan.
 
     Raises:
         ConfigError: the data does not fit the mapping or the plan.
     """
-    path = Path(config.path)
+    path = folder / Path(config.path).expanduser()
     if config.table is not None:
         return read_table(path, config.table, task)
     if config.kind == "image-folder":

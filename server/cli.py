@@ -1,0 +1,47 @@
+"""fedward-server: the coordinator's side of a project."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from server import commands_project
+from shared.command import EXIT_CODES, folder_option, run_command
+
+_EPILOG = f"""\
+examples:
+  fedward-server project init heart --advertise fl.example.org:8443
+  fedward-server project invite city-hospital      a file to send to the site
+  fedward-server project approve request.json      once its fingerprint was read to you
+  fedward-server project kit city-hospital         what to send back
+  fedward-server project list                      who is in, until when
+
+{EXIT_CODES}"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    return run_command(_parser(), argv, lambda line: print(line, file=sys.stderr))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="fedward-server",
+        description="The coordinator's side: who takes part, and the studies that they run. The "
+        "server sees no update of any site; it cannot change what a site allows.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands_project.add_commands(commands)
+    default = Path(os.environ.get("FEDWARD_PROJECT", "."))
+    folder_option(parser, "--project", default, "the project's folder, with project.toml")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
