@@ -232,6 +232,9 @@ def test_a_plan_for_another_version_is_refused_before_it_costs_anything(
 ) -> None:
     for versions, code in ((">=99", 2), ("<99", 0), ("ninety-nine", 2)):
         file = write_plan(study(), tmp_path / "plan.toml")
-        file.write_text(f'requires_fedward = "{versions}"\n' + file.read_text())
+        pinned = file.read_text().replace(
+            'requires_fedward = ""', f'requires_fedward = "{versions}"'
+        )
+        file.write_text(pinned)
         assert command(site, "policy", "check", file) == code
     assert "needs fedward >=99" in capsys.readouterr().err
