@@ -1,8 +1,8 @@
-"""Per-patient gradients, clipped by Opacus: the one file that imports Opacus to train.
+"""Opacus: the one file that imports it to train.
 
-Opacus' hooks give every record's own gradient, and its optimiser clips and adds them up. Three of
-its defaults are replaced: the unit is the patient, the noise comes from the site's own stream,
-and the divisor is a public constant.
+Its optimiser holds a step's sum, clips where its own hooks give the gradients, and finishes the
+step. Three of its defaults are replaced: the unit is the patient, the noise comes from the site's
+own stream, and the divisor is a public constant.
 """
 
 from __future__ import annotations
@@ -82,24 +82,34 @@ class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no type
         flat = [p.grad_sample.reshape(len(p.grad_sample), -1) for p in self.params]
         return [piece for g in flat for piece in torch.split(g, NORM_PIECE, dim=1)]
 
+    @property
+    def sums(self) -> dict[nn.Parameter, Tensor]:
+        """The step's sum of clipped gradients so far, for an engine that adds to it."""
+        return {p: p.summed_grad for p in self.params}
+
     def begin_step(self) -> None:
         """Start a sum of zero; an empty draw leaves it there."""
         for p in self.params:
             p.grad = p.grad_sample = None
             p.summed_grad = torch.zeros_like(p)
 
-    def add_patients(self, owners: Tensor, patients: int) -> None:
+    def add_patients(self, owners: Tensor, patients: int) -> Tensor:
         """Clip the gradients of a physical batch's patients and add them to the sum.
 
         Args:
             owners: Which patient (0 to patients - 1) each record belongs to, shape (records,).
             patients: How many there are.
 
+        Returns:
+            The patients' norms before clipping, shape (patients,).
+
         Raises:
             SensitivityError: a parameter has no gradient for each record.
         """
         for p in self.params:
             p.grad_sample = _by_patient(p.grad_sample, tuple(p.shape), owners, patients)
+        squares = [g.norm(2, dim=-1) ** 2 for g in self.grad_samples]
+        norms = torch.stack(squares).sum(0).sqrt().nan_to_num(nan=torch.inf)
         before = [p.summed_grad for p in self.params]
         self._clip()
         if not all(bool(torch.isfinite(p.summed_grad).all()) for p in self.params):
@@ -108,6 +118,7 @@ class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no type
         for p, total in zip(self.params, before, strict=True):
             p.summed_grad += total
             p.grad = p.grad_sample = None
+        return norms
 
     def finish_step(self, random: ChaChaRandom) -> None:
         """Add N(0, (noise_multiplier C)^2) to every coordinate and divide by the divisor."""
@@ -141,6 +152,35 @@ class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no type
         for p in self.params:
             keep = finite.view(-1, *[1] * p.dim())
             p.grad_sample = torch.where(keep, p.grad_sample, torch.zeros_like(p.grad_sample))
+
+
+class HookedGradients:
+    """Opacus' hooks as an engine (see client/engines.py): every patient's gradient is held.
+
+    Args:
+        module: The model, without hooks.
+        clipper: Clips and holds the step's sum.
+        example: One record, shape (1, *input_shape), on the module's device.
+    """
+
+    name = "hooks"
+
+    def __init__(self, module: nn.Module, clipper: PatientClipper, example: Tensor) -> None:
+        self.hooked, self._clipper = RecordGradients(module, example), clipper
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The model's logits."""
+        logits: Tensor = self.hooked(inputs)
+        return logits
+
+    def add(self, loss: Tensor, owners: Tensor, patients: int) -> Tensor:
+        """See `client.engines.Engine`."""
+        self.hooked.backward(loss)
+        return self._clipper.add_patients(owners, patients)
+
+    def forget(self) -> None:
+        """Drop what an interrupted step left."""
+        forget_gradients(self.hooked)
 
 
 def forget_gradients(module: nn.Module) -> None:

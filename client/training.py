@@ -1,9 +1,9 @@
-"""Local training of one site: DP-SGD per patient on Opacus' per-record gradients.
+"""Local training of one site: DP-SGD per patient.
 
-Opacus computes each record's gradient and clips; the rest is done here, since its defaults would
-break the promise without a word: patients are drawn by our own Poisson mask, a patient's records
-count as one gradient, the divisor is a public constant of the plan, the noise comes from the
-site's own ChaCha20 stream, and every step is counted, empty draws included.
+An engine (client/engines.py) sums clipped per-patient gradients. The rest is done here, since
+Opacus' defaults would break the promise without a word: patients are drawn by our own Poisson
+mask, a patient's records count as one gradient, the divisor is a public constant of the plan, the
+noise comes from the site's own ChaCha20 stream, and every step is counted, empty draws included.
 
 Source: Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1, with the
 patient as the unit (McMahan et al., "Learning Differentially Private Recurrent Language Models",
@@ -23,8 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from client.clipping import PatientClipper, RecordGradients, forget_gradients
+from client.clipping import PatientClipper
 from client.data.dataset import PatientDataset
+from client.engines import Engine, EngineName, choose_engine
 from client.noise import ChaChaRandom
 from shared.config import require
 from shared.errors import ConfigError, SensitivityError
@@ -72,8 +73,8 @@ def binary_losses(logits: Tensor, labels: Tensor) -> Tensor:
 class LocalTrainer:
     """Trains the plan's model on one site's patients, round after round.
 
-    Build it once per study: the model with Opacus' hooks is kept, and every round starts from
-    clean gradients, whatever interrupted the one before.
+    Build it once per study: the model and its engine are kept, and every round starts from clean
+    gradients, whatever interrupted the one before.
 
     Args:
         plan: The approved study.
@@ -83,6 +84,7 @@ class LocalTrainer:
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
         max_physical_records: Records whose gradients are held at once; bounds memory and never
             changes the result. Default: from the size of model and input.
+        engine: How clipped gradients are summed, see `choose_engine`; the sum is the same.
         build: Model factory; `record_losses`: loss factory. For tests and the guard.
         measuring: Allow noise 0, for the sensitivity guard; such a trainer trains no round.
 
@@ -99,6 +101,7 @@ class LocalTrainer:
         device: str = "auto",
         *,
         max_physical_records: int | None = None,
+        engine: EngineName = "auto",
         build: BuildModel = build_model,
         record_losses: RecordLosses = binary_losses,
         measuring: bool = False,
@@ -138,16 +141,21 @@ class LocalTrainer:
             momentum=training.momentum,
             weight_decay=training.weight_decay,
         )
-        self._hooked: RecordGradients | None = None
+        self._engine: Engine | None = None
         self._clipper: PatientClipper | None = None
         if self.private:
-            self._hooked = RecordGradients(self.module, torch.zeros(1, *shape, device=self.device))
             self._clipper = PatientClipper(
                 self._sgd,
                 noise_multiplier=noise_multiplier,
                 max_grad_norm=plan.privacy.promise[2],
                 divisor=self._divisor,
             )
+            self._engine = choose_engine(engine, self.module, self._clipper, shape)
+
+    @property
+    def engine_name(self) -> str:
+        """Which engine sums clipped gradients; "none" where privacy is off."""
+        return "none" if self._engine is None else self._engine.name
 
     def public_divisor(self, site_name: str) -> float:
         """What summed gradients are divided by: a public constant, never a true count."""
@@ -256,8 +264,8 @@ class LocalTrainer:
         self.module.train()
         self._sgd.state.clear()
         self._sgd.zero_grad(set_to_none=True)
-        if self._clipper is not None:
-            forget_gradients(self.module)
+        if self._engine is not None:
+            self._engine.forget()
 
     def _exact_arithmetic(self) -> AbstractContextManager[None]:
         """On a GPU: full float32, and one algorithm whatever else is in the batch."""
@@ -316,9 +324,8 @@ class LocalTrainer:
         shares = torch.from_numpy((1.0 / counts).astype(np.float32)).to(self.device)[owners]
         inputs = self._inputs[rows].to(self.device)
         loss = (self._losses(inputs, rows) * shares).sum()
-        if self._hooked is not None and self._clipper is not None:
-            self._hooked.backward(loss)
-            self._clipper.add_patients(owners, len(patients))
+        if self._engine is not None:
+            self._engine.add(loss, owners, len(patients))
         else:
             torch.autograd.backward(loss)
 
@@ -332,7 +339,7 @@ class LocalTrainer:
 
     def _losses(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """One loss a record, shape (records,)."""
-        logits = (self._hooked or self.module)(inputs)
+        logits = (self._engine or self.module)(inputs)
         if logits.shape != (len(rows),):
             raise SensitivityError(
                 f"the model returns logits of shape {tuple(logits.shape)} for {len(rows)} "

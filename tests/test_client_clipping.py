@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from training_cases import DIVISOR, KEY, clipped_sum, make_data, make_plan, patient_gradients
 
-from client.clipping import RecordGradients
+from client.clipping import HookedGradients, RecordGradients
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom
 from client.training import LocalTrainer, binary_losses, physical_batches
@@ -246,10 +246,13 @@ def test_opacus_alone_takes_the_flattened_rows_for_records() -> None:
     # What the check above stands against: 5 rows a record, each clipped on its own.
     plan = make_plan(training={"sample_rate": 1.0}, privacy={"clip_norm": 0.01})
     module = Flattened()
-    trainer = LocalTrainer(plan, "site-0", make_data(plan, 1), 1.0, "cpu", build=lambda _: module)
-    hooked, clipper = trainer._hooked, trainer._clipper
-    assert hooked is not None
+    trainer = LocalTrainer(
+        plan, "site-0", make_data(plan, 1), 1.0, "cpu", engine="hooks", build=lambda _: module
+    )
+    engine, clipper = trainer._engine, trainer._clipper
+    assert isinstance(engine, HookedGradients)
     assert clipper is not None
+    hooked = engine.hooked
     hooked.backward(hooked(torch.ones(1, 5)).sum())
     clipper.clip_and_accumulate()
     moved = torch.cat([p.summed_grad.flatten() for p in module.parameters()]).norm()  # type: ignore[attr-defined]

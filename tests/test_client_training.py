@@ -134,7 +134,7 @@ def test_an_interrupted_round_leaves_nothing_behind(
 ) -> None:
     plan = make_plan("mlp", training={"sample_rate": 1.0, "momentum": 0.9, "local_steps": 2})
     data, start = make_data(plan, 12), initial_parameters(plan)
-    calls, armed = 0, True
+    calls, armed = 0, False
 
     def trip() -> None:
         nonlocal calls
@@ -176,6 +176,7 @@ def test_an_interrupted_round_leaves_nothing_behind(
         )  # fmt: skip
 
     trainer = new_trainer()
+    calls, armed = 0, True
     owner, name = {"noise": (ChaChaRandom, "gaussian"), "step": (torch.optim.SGD, "step")}.get(
         where, (None, "")
     )

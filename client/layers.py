@@ -1,0 +1,372 @@
+"""How each kind of layer gives per-patient gradient norms, and a weighted sum of gradients.
+
+A layer's gradient for one record is a product of what went in and of the loss's gradient by what
+came out. From these two the norm follows in one of two ways: from the gradient itself, stored for
+every patient; or from two Gram matrices over positions, without it ("ghost norm": less memory
+where 2 T^2 <= d p for T positions, d values in and p values out). A patient with several records
+is one longer sequence of positions.
+
+Source: Bu et al., "Differentially Private Optimization on Large Model at Small Cost", ICML 2023;
+Li et al., "Large Language Models Can Be Strong Differentially Private Learners", ICLR 2022.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
+
+NORM_PIECE = 1 << 16  # float32 norms of more values at once come out too small
+LOOP_WORK = 1 << 23  # multiplications a record, from which one convolution a record is faster
+ROUNDING = 4 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whose records a physical batch holds.
+
+    Attributes:
+        owners: The patient (0 to patients - 1) of each record, sorted, int64, shape (records,).
+        patients: How many patients there are.
+    """
+
+    owners: Tensor
+    patients: int
+
+    @property
+    def records(self) -> int:
+        """How many records there are."""
+        return len(self.owners)
+
+    @cached_property
+    def most(self) -> int:
+        """Records of the patient who has most."""
+        if self.records == self.patients:
+            return 1
+        return int(torch.bincount(self.owners, minlength=self.patients).max())
+
+    @cached_property
+    def _slots(self) -> Tensor:
+        """Each record's place among patients x most."""
+        counts = torch.bincount(self.owners, minlength=self.patients)
+        first = counts.cumsum(0) - counts
+        place = torch.arange(self.records, device=self.owners.device) - first[self.owners]
+        return self.owners * self.most + place
+
+    def by_patient(self, gradients: Tensor) -> Tensor:
+        """Add up per-record gradients (records, ...) to per-patient ones (patients, ...)."""
+        if self.most == 1:
+            return gradients
+        total = gradients.new_zeros((self.patients, *gradients.shape[1:]))
+        return total.index_add_(0, self.owners, gradients)
+
+    def sequences(self, rows: Tensor) -> Tensor:
+        """Join a patient's records along positions: (records, T, d) -> (patients, most T, d).
+
+        Missing records are zeros; where the output's gradient is zero, nothing is added.
+        """
+        if self.most == 1:
+            return rows
+        joined = rows.new_zeros((self.patients * self.most, *rows.shape[1:]))
+        joined[self._slots] = rows
+        return joined.view(self.patients, self.most * rows.shape[1], *rows.shape[2:])
+
+
+class LayerRule(ABC):
+    """One layer's parameters, which are used together.
+
+    `inputs` and `grads` below are what went into the layer and the loss's gradient by what came
+    out, records first.
+    """
+
+    def __init__(self, *parameters: nn.Parameter | None) -> None:
+        self.parameters = tuple(p for p in parameters if p is not None)
+
+    @abstractmethod
+    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+        """Each patient's gradient of every parameter, shape (patients, *parameter.shape)."""
+
+    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+        """Whether norms without the gradients cost less."""
+        del inputs, grads, batch
+        return False
+
+    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Squared norms without the gradients, and how far rounding may have moved them.
+
+        Returns:
+            Two tensors of shape (patients,).
+        """
+        raise NotImplementedError
+
+    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
+        """The sum over records of weight times gradient, for every parameter.
+
+        Args:
+            weights: One a record, shape (records,).
+        """
+        raise NotImplementedError
+
+    def joined(self, uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """Several uses in one forward pass as one, or None where their gradients are added."""
+        del uses
+        return None
+
+
+class LinearRule(LayerRule):
+    """A linear map of the last dimension; what lies between it and the records are positions."""
+
+    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None) -> None:
+        super().__init__(weight, bias)
+        self.weight, self.bias = weight, bias
+        self._width_out, self._width_in = weight.shape
+        self._bias = bias is not None
+
+    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+        """See `LayerRule`."""
+        a, g = batch.sequences(_rows(inputs)), batch.sequences(_rows(grads))
+        found = [torch.bmm(g.transpose(1, 2), a)]
+        return [*found, g.sum(1)] if self._bias else found
+
+    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+        """See `LayerRule`; a single position is a product of two norms."""
+        positions = batch.most * math.prod(inputs.shape[1:-1])
+        return positions == 1 or 2 * positions**2 <= self._width_in * self._width_out
+
+    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `LayerRule`."""
+        a, g = batch.sequences(_rows(inputs)), batch.sequences(_rows(grads))
+        return _gram_squares(a, g, bias=self._bias)
+
+    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
+        """See `LayerRule`."""
+        g = (grads * _beside(weights, grads)).reshape(-1, self._width_out)
+        found = [g.t() @ inputs.reshape(-1, self._width_in)]
+        return [*found, g.sum(0)] if self._bias else found
+
+    def joined(self, uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+        """Uses are further positions, as in a recurrent network."""
+        return torch.cat([_rows(a) for a, _ in uses], 1), torch.cat([_rows(g) for _, g in uses], 1)
+
+
+class ConvRule(LayerRule):
+    """A convolution in one, two or three dimensions, with any stride, padding and groups."""
+
+    def __init__(self, layer: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> None:
+        super().__init__(*layer.parameters(recurse=False))
+        self._layer = layer
+        self._bias = layer.bias is not None
+        kinds = (conv1d_weight, conv2d_weight, conv3d_weight)
+        self._gradient: Callable[..., Tensor] = kinds[layer.weight.dim() - 3]
+
+    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+        """See `LayerRule`."""
+        padded = self._padded(inputs)
+        positions = math.prod(grads.shape[2:])
+        if positions * self._layer.weight.numel() > LOOP_WORK:
+            pairs = zip(torch.split(padded, 1), torch.split(grads, 1), strict=True)
+            weight = torch.stack([self._weight_gradient(a, g, 1) for a, g in pairs])
+        else:
+            # All records as the groups of one convolution.
+            records = len(inputs)
+            weight = self._weight_gradient(
+                padded.reshape(1, -1, *padded.shape[2:]),
+                grads.reshape(1, -1, *grads.shape[2:]),
+                records,
+            ).view(records, *self._layer.weight.shape)
+        found = [batch.by_patient(weight)]
+        return [*found, batch.by_patient(grads.flatten(2).sum(2))] if self._bias else found
+
+    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+        """See `LayerRule`."""
+        positions = batch.most * math.prod(grads.shape[2:])
+        return self._layer.groups == 1 and 2 * positions**2 <= self._layer.weight.numel()
+
+    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `LayerRule`."""
+        a = batch.sequences(self._columns(inputs))
+        g = batch.sequences(grads.flatten(2).transpose(1, 2))
+        return _gram_squares(a, g, bias=self._bias)
+
+    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
+        """See `LayerRule`."""
+        g = grads * _beside(weights, grads)
+        found = [self._weight_gradient(self._padded(inputs), g, 1)]
+        return [*found, g.flatten(2).sum((0, 2))] if self._bias else found
+
+    def _weight_gradient(self, padded: Tensor, grads: Tensor, times: int) -> Tensor:
+        layer = self._layer
+        out, *rest = layer.weight.shape
+        return self._gradient(
+            padded, (times * out, *rest), grads, layer.stride, 0, layer.dilation,
+            times * layer.groups,
+        )  # fmt: skip
+
+    def _padded(self, inputs: Tensor) -> Tensor:
+        layer = self._layer
+        around: list[int] = list(layer._reversed_padding_repeated_twice)
+        if not any(around):
+            return inputs
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        return functional.pad(inputs, around, mode=mode)
+
+    def _columns(self, inputs: Tensor) -> Tensor:
+        """What each position of the output sees, shape (records, positions, values)."""
+        layer, patches = self._layer, self._padded(inputs)
+        dimensions = layer.weight.dim() - 2
+        for i in range(dimensions):
+            gap = layer.dilation[i]
+            patches = patches.unfold(2 + i, gap * (layer.kernel_size[i] - 1) + 1, layer.stride[i])
+            patches = patches[..., ::gap]
+        # (records, channels, *out, *kernel) -> (records, *out, channels, *kernel)
+        places = list(range(2, 2 + dimensions))
+        kernel = list(range(2 + dimensions, 2 + 2 * dimensions))
+        values = math.prod(layer.weight.shape[1:])
+        return patches.permute(0, *places, 1, *kernel).reshape(len(inputs), -1, values)
+
+
+class GroupNormRule(LayerRule):
+    """GroupNorm's scale and shift, one of each a channel."""
+
+    def __init__(self, layer: nn.GroupNorm) -> None:
+        super().__init__(layer.weight, layer.bias)
+        self._layer = layer
+
+    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+        """See `LayerRule`."""
+        layer = self._layer
+        records, channels = inputs.shape[:2]
+        variance, mean = torch.var_mean(
+            inputs.reshape(records, layer.num_groups, -1), dim=2, correction=0, keepdim=True
+        )
+        grouped = (records, layer.num_groups, channels // layer.num_groups, -1)
+        centred = inputs.reshape(grouped) - mean[..., None]
+        scale = (centred * grads.reshape(grouped)).sum(3) * torch.rsqrt(variance + layer.eps)
+        shift = grads.reshape(records, channels, -1).sum(2)
+        return [batch.by_patient(scale.view(records, channels)), batch.by_patient(shift)]
+
+
+class LayerNormRule(LayerRule):
+    """LayerNorm's scale and shift, one of each a normalised value."""
+
+    def __init__(self, layer: nn.LayerNorm) -> None:
+        super().__init__(layer.weight, layer.bias)
+        self._layer = layer
+
+    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+        """See `LayerRule`."""
+        layer = self._layer
+        shape = tuple(layer.normalized_shape)
+        normal = functional.layer_norm(inputs, shape, eps=layer.eps)
+        split = (len(inputs), -1, *shape)
+        found = [batch.by_patient((normal * grads).reshape(split).sum(1))]
+        if layer.bias is not None:
+            found.append(batch.by_patient(grads.reshape(split).sum(1)))
+        return found
+
+
+class EmbeddingRule(LayerRule):
+    """A table of vectors, looked up by whole numbers."""
+
+    def __init__(self, layer: nn.Embedding) -> None:
+        super().__init__(*layer.parameters(recurse=False))
+        self._layer = layer
+
+    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+        """See `LayerRule`."""
+        table = grads.new_zeros((batch.patients, *self._layer.weight.shape))
+        words, g = _rows(inputs[..., None])[..., 0], _rows(self._unpadded(inputs, grads))
+        patients = batch.owners[:, None].expand_as(words)
+        return [table.index_put_((patients, words), g, accumulate=True)]
+
+    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+        """See `LayerRule`."""
+        positions = batch.most * math.prod(inputs.shape[1:])
+        return 2 * positions**2 <= self._layer.weight.numel()
+
+    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """See `LayerRule`: two positions overlap where they looked up the same vector."""
+        words = batch.sequences(_rows(inputs[..., None]))
+        g = batch.sequences(_rows(self._unpadded(inputs, grads)))
+        same = (words == words.transpose(1, 2)).to(g.dtype)
+        return _overlap(same, torch.bmm(g, g.transpose(1, 2)))
+
+    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
+        """See `LayerRule`."""
+        g = self._unpadded(inputs, grads) * _beside(weights, grads)
+        table = torch.zeros_like(self._layer.weight)
+        return [table.index_add_(0, inputs.reshape(-1), g.reshape(-1, table.shape[1]))]
+
+    def _unpadded(self, inputs: Tensor, grads: Tensor) -> Tensor:
+        if self._layer.padding_idx is None:
+            return grads
+        return grads * (inputs != self._layer.padding_idx)[..., None]
+
+
+_RULES: dict[type[nn.Module], Callable[[Any], LayerRule]] = {
+    nn.Linear: lambda layer: LinearRule(layer.weight, layer.bias),
+    nn.Conv1d: ConvRule,
+    nn.Conv2d: ConvRule,
+    nn.Conv3d: ConvRule,
+    nn.GroupNorm: GroupNormRule,
+    nn.LayerNorm: LayerNormRule,
+    nn.Embedding: EmbeddingRule,
+}
+
+
+def rule_of(layer: nn.Module) -> LayerRule | None:
+    """The rule of a layer with parameters of its own, or None where there is no exact one.
+
+    Subclasses of the supported layers may compute something else and have none.
+    """
+    if type(layer) not in _RULES:
+        return None
+    if isinstance(layer, nn.Embedding):
+        plain = layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
+        return EmbeddingRule(layer) if plain else None
+    return _RULES[type(layer)](layer)
+
+
+def squares_of(gradients: Sequence[Tensor]) -> Tensor:
+    """Squared norms of per-patient gradients, added up over parameters, shape (patients,)."""
+    flat = [g.reshape(len(g), -1) for g in gradients]
+    pieces = [piece for g in flat for piece in torch.split(g, NORM_PIECE, dim=1)]
+    return torch.stack([torch.linalg.vector_norm(p, dim=1).square() for p in pieces]).sum(0)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(records, ..., width) -> (records, positions, width)."""
+    if x.dim() == 3:
+        return x
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def _beside(weights: Tensor, x: Tensor) -> Tensor:
+    """Weights of shape (records, 1, ...), to multiply `x` by."""
+    return weights.view(-1, *[1] * (x.dim() - 1))
+
+
+def _gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
+    """Squared norms of sum_t g_t a_t', shape (patients,), the bias's included."""
+    if a.shape[1] == 1:
+        squares = (a * a).sum((1, 2)) + float(bias)
+        return squares * (g * g).sum((1, 2)), torch.zeros_like(squares)
+    inputs = torch.bmm(a, a.transpose(1, 2))
+    if bias:
+        inputs += 1.0
+    return _overlap(inputs, torch.bmm(g, g.transpose(1, 2)))
+
+
+def _overlap(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of products of two Gram matrices, and what its rounding may have been."""
+    products = inputs.mul_(grads).flatten(1)
+    squares = products.sum(1).clamp_(min=0.0)
+    return squares, products.abs_().sum(1) * ROUNDING
