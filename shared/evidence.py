@@ -215,11 +215,16 @@ class Witness:
     def attestations(self, entries: tuple[Attestation, ...]) -> None:
         """Who recomputed the last sum."""
         if entries:
-            self._keep(encode(Settlement(entries)))
+            self._keep(encode(Settlement(tuple(sorted(entries, key=checker_place)))))
 
     def receipt(self, data: bytes) -> None:
         """A site's receipt at the end of the run."""
         self._keep(encode(decode(SignedReceipt, data)))
+
+
+def checker_place(entry: Attestation) -> tuple[str, tuple[int, ...]]:
+    """How attestations are ordered in a record, so that it has one form."""
+    return entry.sender, entry.chunks
 
 
 def round_record(data: bytes, chunk_bytes: int) -> bytes:

@@ -21,6 +21,7 @@ from client.run import check_once
 from client.training import choose_device
 from server.app import make_server_app
 from server.evidence import Spool
+from server.manifest import write_manifest
 from server.record import server_results, write_evidence, write_model
 from server.report import write_report
 from server.results import build_results, write_results
@@ -199,6 +200,7 @@ def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
             export_run(SiteFolder(folder), done.run_id, partial / "evidence" / "sites" / name)
         write_results(results, partial / "results.json")
         write_report(results, partial / "report.html")
+        write_manifest(partial)
         if out.is_dir():
             out.rmdir()
         partial.rename(out)

@@ -33,7 +33,14 @@ def deal_head(session: Session, step: int, batch: int, first_round: int) -> byte
 
 def deal_digest(head: bytes, sender: str, common: bytes, part_hashes: Sequence[bytes]) -> bytes:
     """What the sender of S1, S2 or S3 signs."""
-    return digest("deal", head, sender, part_hash(common), *part_hashes)
+    return deal_digest_of_hashes(head, sender, part_hash(common), part_hashes)
+
+
+def deal_digest_of_hashes(
+    head: bytes, sender: str, common_hash: bytes, part_hashes: Sequence[bytes]
+) -> bytes:
+    """`deal_digest` for who has the hash of the common part alone."""
+    return digest("deal", head, sender, common_hash, *part_hashes)
 
 
 def part_hash(part: bytes) -> bytes:
