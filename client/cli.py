@@ -8,13 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import commands_enrol, commands_ledger, commands_study
+from client import commands_check, commands_enrol, commands_ledger, commands_study
 from shared.command import EXIT_CODES, folder_option, run_command
 
 _EPILOG = f"""\
 from nothing to ready:
   fedward-site enrol city.invitation.json  make this site's keys, and a request to send
   fedward-site join city.kit.json          take the answer, and pin the other sites
+  fedward-site check plan.toml             is everything ready? red lines say what to do
   fedward-site approve plan.toml           what a study would cost, then agree to it
 
 at any time:
@@ -41,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands_enrol.add_commands(commands)
+    commands_check.add_commands(commands)
     commands_study.add_commands(commands)
     commands_ledger.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()

@@ -96,11 +96,13 @@ class ReadingNotes:
         rows: Data rows in the file.
         dropped: Rows left out because of missing values.
         clamped: Values outside the plausible range, by feature; only features that have some.
+        missing: Missing values in the rows that were kept, likewise.
     """
 
     rows: int
     dropped: int = 0
     clamped: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """The notes as text for the local log."""
@@ -111,6 +113,7 @@ class ReadingNotes:
             f"{name}: {count} values outside the plan's plausible range were clamped"
             for name, count in self.clamped.items()
         ]
+        notes += [f"{name}: {count} missing values" for name, count in self.missing.items()]
         return notes
 
 
@@ -159,7 +162,9 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
     names = _read_patients(path, table, mapping, rows)
     ids, patients = group_patients([n for n, k in zip(names, keep.tolist(), strict=True) if k])
     data = PatientDataset(encode(task, columns, str(path)), labels[keep], patients, ids)
-    notes = ReadingNotes(rows, rows - int(keep.sum()), clamped_counts(task, columns))
+    missing = {name: int(_is_missing(values).sum()) for name, values in columns.items()}
+    missing = {name: count for name, count in missing.items() if count}
+    notes = ReadingNotes(rows, rows - int(keep.sum()), clamped_counts(task, columns), missing)
     return Reading(data, notes)
 
 
@@ -297,7 +302,7 @@ def _complete_rows(
     """Which rows to keep: all, or those with a label and all needed values."""
     keep = labels >= 0 if drop_incomplete else np.ones(len(labels), dtype=np.bool_)
     for source, values in needed.items():
-        missing = values == MISSING_CATEGORY if values.dtype == np.int64 else np.isnan(values)
+        missing = _is_missing(values)
         if drop_incomplete:
             keep = keep & ~missing
             continue
@@ -310,6 +315,11 @@ def _complete_rows(
         )
     require(bool(keep.any()), f"{path}: every row is incomplete, so none is left.")
     return keep
+
+
+def _is_missing(values: NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.bool_]:
+    missing = values == MISSING_CATEGORY if values.dtype == np.int64 else np.isnan(values)
+    return np.asarray(missing, dtype=np.bool_)
 
 
 def _plain(text: str) -> str:

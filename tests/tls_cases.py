@@ -1,0 +1,122 @@
+"""A TLS server and a forward proxy on loopback, for what a site sees on its way out."""
+
+from __future__ import annotations
+
+import datetime
+import socket
+import socketserver
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from email.utils import format_datetime
+from pathlib import Path
+
+from server.authority import create_authority, issue_server_certificate
+from shared.kit import Address
+
+NOW = datetime.datetime.now(datetime.UTC).replace(microsecond=0)
+DAY = datetime.timedelta(days=1)
+
+
+def write_authority(folder: Path, name: str = "heart") -> tuple[Path, Path]:
+    """Key and certificate of a CA, valid from two years ago for four years."""
+    key, certificate = create_authority(name, begins=NOW - 730 * DAY, ends=NOW + 730 * DAY)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ca.key").write_bytes(key)
+    (folder / "ca.crt").write_bytes(certificate)
+    return folder / "ca.key", folder / "ca.crt"
+
+
+def write_certificate(
+    folder: Path,
+    authority: tuple[Path, Path],
+    *,
+    host: str = "localhost",
+    begins: datetime.datetime = NOW - 30 * DAY,
+    ends: datetime.datetime = NOW + 300 * DAY,
+) -> tuple[Path, Path]:
+    """Certificate and key of a server."""
+    key, certificate = issue_server_certificate(
+        authority[0].read_bytes(), authority[1].read_bytes(), [host], begins=begins, ends=ends
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tls.key").write_bytes(key)
+    (folder / "tls.crt").write_bytes(certificate)
+    return folder / "tls.crt", folder / "tls.key"
+
+
+@contextmanager
+def tls_server(certificate: tuple[Path, Path], *, tells_time: bool = True) -> Iterator[Address]:
+    """A server that answers every request with 404, with the time unless told otherwise."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificate)
+
+    def answer(raw: socket.socket) -> None:
+        with context.wrap_socket(raw, server_side=True) as stream:
+            stream.recv(4096)
+            now = format_datetime(datetime.datetime.now(datetime.UTC), usegmt=True)
+            date = f"Date: {now}\r\n" if tells_time else ""
+            reply = f"HTTP/1.1 404 Not Found\r\n{date}Content-Length: 0\r\n\r\n"
+            stream.sendall(reply.encode())
+
+    with _serving(answer) as port:
+        yield Address("localhost", port)
+
+
+@contextmanager
+def forward_proxy(*, allows: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """A proxy that takes CONNECT; its URL, and what it was asked for."""
+    asked: list[str] = []
+
+    def answer(raw: socket.socket) -> None:
+        words = raw.recv(4096).decode().split()
+        asked.append(words[1])
+        if not allows:
+            raw.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
+            return
+        host, _, port = words[1].rpartition(":")
+        with socket.create_connection((host, int(port)), 5) as onward:
+            raw.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            back = threading.Thread(target=_pump, args=(onward, raw), daemon=True)
+            back.start()
+            _pump(raw, onward)
+            back.join(5)
+
+    with _serving(answer) as port:
+        yield f"http://127.0.0.1:{port}", asked
+
+
+def _pump(source: socket.socket, target: socket.socket) -> None:
+    with suppress(OSError):
+        while data := source.recv(65536):
+            target.sendall(data)
+    with suppress(OSError):
+        target.shutdown(socket.SHUT_WR)
+
+
+@contextmanager
+def _serving(answer) -> Iterator[int]:  # type: ignore[no-untyped-def]
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            self.request.settimeout(5)
+            with suppress(OSError):
+                answer(self.request)
+
+    class Server(socketserver.ThreadingTCPServer):
+        daemon_threads = True
+        allow_reuse_address = True
+
+    with Server(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+
+
+def closed_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
