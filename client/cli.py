@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import commands_check, commands_enrol, commands_ledger, commands_study
+from client import commands_check, commands_enrol, commands_ledger, commands_log, commands_study
 from shared.command import EXIT_CODES, folder_option, run_command
 
 _EPILOG = f"""\
@@ -22,13 +22,15 @@ at any time:
   fedward-site policy check plan.toml      would this plan be allowed?
   fedward-site spent                       what the patients have spent so far, by study
   fedward-site ledger verify               was the ledger changed?
+  fedward-site log --follow                what the server asks, what leaves, what it costs
 
 {EXIT_CODES}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    return run_command(_parser(), argv, lambda line: print(line, file=sys.stderr))
+    say = lambda line: print(line, file=sys.stderr)  # noqa: E731
+    return run_command(_parser(), argv, say, commands_log.record)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_check.add_commands(commands)
     commands_study.add_commands(commands)
     commands_ledger.add_commands(commands)
+    commands_log.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()
     folder_option(parser, "--site", default, "the site's folder, with site.toml")
     return parser

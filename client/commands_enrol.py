@@ -29,7 +29,7 @@ def add_commands(commands: Commands) -> None:
     enrol.add_argument(
         "--fingerprint", metavar="F", help="the coordinator's, whole, as it was read"
     )
-    enrol.set_defaults(command=_enrol)
+    enrol.set_defaults(command=_enrol, recorded="enrol")
 
     join = commands.add_parser(
         "join",
@@ -39,7 +39,7 @@ def add_commands(commands: Commands) -> None:
     )
     join.add_argument("kit", type=Path, help="the file that the coordinator sent")
     _add_confirmation(join)
-    join.set_defaults(command=_join)
+    join.set_defaults(command=_join, recorded="join")
 
     roster = commands.add_parser("roster", help="the other sites' identities, as pinned here")
     actions = roster.add_subparsers(required=True, metavar="ACTION")
@@ -53,7 +53,7 @@ def add_commands(commands: Commands) -> None:
         "roster", type=Path, help="a signed roster or kit (default: kit.json)", nargs="?"
     )
     _add_confirmation(trust)
-    trust.set_defaults(command=_trust)
+    trust.set_defaults(command=_trust, recorded="roster trust")
     show = actions.add_parser("show", help="what is pinned")
     show.set_defaults(command=_show)
 
@@ -61,7 +61,7 @@ def add_commands(commands: Commands) -> None:
     renew.add_argument(
         "--new-node-key", action="store_true", help="with a new key for Flower's authentication"
     )
-    renew.set_defaults(command=_renew)
+    renew.set_defaults(command=_renew, recorded="renew")
 
 
 def _add_confirmation(parser: argparse.ArgumentParser) -> None:

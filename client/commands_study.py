@@ -38,11 +38,11 @@ def add_commands(commands: Commands) -> None:
     approve.add_argument(
         "--no-guard", action="store_true", help="with --show: skip the sensitivity measurement"
     )
-    approve.set_defaults(command=_approve)
+    approve.set_defaults(command=_approve, recorded="approve")
 
     withdraw = commands.add_parser("withdraw", help="take back every approval of a plan")
     withdraw.add_argument("plan", type=Path, help="the study plan, a TOML file")
-    withdraw.set_defaults(command=_withdraw)
+    withdraw.set_defaults(command=_withdraw, recorded="withdraw")
 
     spent = commands.add_parser("spent", help="epsilon so far, by study, and what remains")
     spent.add_argument("dataset", nargs="?", help="as in policy.toml (default: the site's)")

@@ -9,6 +9,7 @@ tls/ca.crt         the project's CA; no other one is trusted for its server
 roster.json        site name -> public key in hex, pinned by this site
 policy.toml        what this site allows; without it nothing runs
 ledger.db          which plans it approved, and what its patients have spent
+journal.db         everything that happened here, signed, and nothing about any patient
 logs/              of the processes
 patients.key       turns patients' identifiers into the ledger's hashes
 runs/RUN/          state of one run, and its log
@@ -23,6 +24,7 @@ from typing import Literal
 
 from client.consent import Books, SiteFacts
 from client.data.site_config import SourceConfig
+from client.journal import Journal, LogConfig
 from shared.config import parse, read_toml, require
 from shared.errors import ConfigError
 from shared.files import read_bytes, replace_file
@@ -93,6 +95,7 @@ class SiteConfig:
     data: PreparedData | None = None
     source: SourceConfig | None = None
     network: NetworkConfig = field(default_factory=NetworkConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     dataset: str = "default"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     max_physical_records: int | None = None
@@ -103,6 +106,10 @@ class SiteConfig:
         require(
             self.random_key is None or self.simulation,
             "random_key is for simulations; a hospital's noise comes from the operating system",
+        )
+        require(
+            self.log.journal or self.simulation,
+            "log: journal = false is for simulations; a hospital keeps its journal",
         )
 
 
@@ -244,6 +251,18 @@ class SiteFolder:
         if config.data is not None:
             return self.path / str(getattr(config.data, part))
         return self.path / "prepared" / plan.task_sha256[:16] / f"{part}.safetensors"
+
+    def journal(self, config: SiteConfig, identity: Identity) -> Journal | None:
+        """The site's journal; None at a pretended hospital that keeps none.
+
+        Raises:
+            ConfigError: it cannot be opened.
+        """
+        return Journal(self.path, identity, config.log) if config.log.journal else None
+
+    def project(self) -> str:
+        """The project that this site is enrolled in; empty without one."""
+        return self.coordinator().project if self.coordinator_file.exists() else ""
 
     def books(self, config: SiteConfig, identity: Identity) -> Books:
         """Policy, ledger and patients' key.

@@ -18,7 +18,6 @@ off. Chain heads held elsewhere show that: each run's store and the receipts of 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sqlite3
@@ -31,11 +30,12 @@ from typing import Any
 
 import numpy as np
 
+from client.chain import START, ChainKind, check_rows, link
 from client.patients import Members, Population, digest_of
 from client.store import connect
 from shared.config import canonical_json
-from shared.errors import PolicyError, ProtocolError
-from shared.identity import Identity, verify
+from shared.errors import PolicyError
+from shared.identity import Identity
 from shared.privacy import PrivacyEvent
 
 SCHEMA = "fedward-ledger/2"
@@ -57,7 +57,13 @@ CREATE INDEX IF NOT EXISTS by_kind ON event (kind, run, steps);
 CREATE UNIQUE INDEX IF NOT EXISTS by_chain ON event (chain);
 CREATE TABLE IF NOT EXISTS population (digest TEXT PRIMARY KEY, members BLOB NOT NULL);
 """
-_START = bytes(32)
+CHAIN = ChainKind(
+    schema=SCHEMA,
+    context="ledger",
+    name="the ledger",
+    remedy="Restore the ledger from a backup before any study.",
+    error=PolicyError,
+)
 
 
 @dataclass(frozen=True)
@@ -167,7 +173,7 @@ class Ledger:
     def _append(self, kind: str, fields: Body) -> None:
         last = self._db.execute("SELECT MAX(number) FROM event").fetchone()[0] or 0
         body = canonical_json({**fields, "kind": kind, "time": round(self._clock(), 3)})
-        chain = _link(self.head, body)
+        chain = link(SCHEMA, self.head, body)
         signature = self._identity.sign("ledger", chain)
         self._db.execute(
             "INSERT INTO event (number, body, chain, signature) VALUES (?, ?, ?, ?)",
@@ -178,7 +184,7 @@ class Ledger:
     def head(self) -> bytes:
         """The chain's last link, 32 bytes; zeros while empty."""
         row = self._db.execute("SELECT chain FROM event ORDER BY number DESC LIMIT 1").fetchone()
-        return bytes(row[0]) if row else _START
+        return bytes(row[0]) if row else START
 
     def require_head(self, head: bytes, holder: str) -> None:
         """Raise PolicyError unless the chain once ended in `head`, which `holder` kept."""
@@ -292,6 +298,18 @@ class Ledger:
         for number, body in rows.fetchall():
             yield json.loads(body) | {"number": number}
 
+    def since(self, number: int) -> tuple[Body, ...]:
+        """Events after the one of this number, oldest first, each with its `number`."""
+        rows = self._db.execute(
+            "SELECT number, body FROM event WHERE number > ? ORDER BY number", (number,)
+        )
+        return tuple(json.loads(body) | {"number": n} for n, body in rows.fetchall())
+
+    @property
+    def count(self) -> int:
+        """How many events there are."""
+        return int(self._db.execute("SELECT MAX(number) FROM event").fetchone()[0] or 0)
+
     def charges(self, run: str | None = None) -> tuple[Charge, ...]:
         """All charges, or those of one run, oldest first; reserved ones count as spent."""
         names = Charge.__dataclass_fields__
@@ -361,30 +379,4 @@ def check_lines(
     Raises:
         PolicyError: a line does not follow from the one before it, or is not signed.
     """
-    chain, count, signature = _START, 0, b""
-    for number, body, link, signature in lines:
-        chain, count = _link(chain, body.encode()), count + 1
-        if chain != link or number != count:
-            raise PolicyError(
-                f"the ledger's line {number} does not follow from the one before it: a line was "
-                "changed or removed. Restore the ledger from a backup before any study."
-            )
-        if every_signature:
-            _check_signature(public, chain, signature, number)
-    if count and not every_signature:
-        _check_signature(public, chain, signature, count)
-    return count
-
-
-def _check_signature(public: bytes, chain: bytes, signature: bytes, number: int) -> None:
-    try:
-        verify(public, "ledger", chain, signature, who=f"line {number}")
-    except ProtocolError:
-        raise PolicyError(
-            f"the ledger's line {number} is not signed by this site: it was written by somebody "
-            "else. Restore the ledger from a backup before any study."
-        ) from None
-
-
-def _link(previous: bytes, body: bytes) -> bytes:
-    return hashlib.sha256(SCHEMA.encode() + previous + body).digest()
+    return check_rows(CHAIN, lines, public, every_signature=every_signature)

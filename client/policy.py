@@ -8,6 +8,7 @@ approved, when a run joins, and again at every round.
 from __future__ import annotations
 
 import datetime
+import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -157,6 +158,14 @@ class PolicyFile:
             self._policy = _load(self._path, status.st_mode)
             self._stamp = stamp
         return self._policy
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the file's bytes; of nothing where it cannot be read."""
+        try:
+            return hashlib.sha256(self._path.read_bytes()).hexdigest()
+        except OSError:
+            return hashlib.sha256().hexdigest()
 
 
 def _load(path: Path, mode: int) -> Policy:

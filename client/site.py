@@ -8,10 +8,13 @@ stopped.
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from client.config import SiteFolder
+from client.journal import Handled
 from client.run import SiteRun
 from client.store import RunStore
 from shared import plan as plans
@@ -31,6 +34,7 @@ from shared.study import (
     SignedReceipt,
 )
 
+T = TypeVar("T", Join, SetupStep, RoundRequest, PhaseRequest, RecheckRequest, FinishRequest)
 _RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
@@ -48,6 +52,9 @@ class Site:
         self.config = self.folder.config()
         self.identity = self.folder.identity()
         self.books = self.folder.books(self.config, self.identity)
+        self._journal = self.folder.journal(self.config, self.identity)
+        self._project = self.folder.project()
+        self._asked = ""  # the run that the message at hand is about
         self._runs: dict[str, SiteRun] = {}
         self._actions: dict[str, Callable[[bytes], bytes]] = {
             "join": self._join,
@@ -68,19 +75,58 @@ class Site:
             body: The message's bytes, from an untrusted server.
 
         Returns:
-            The answer; whatever must never happen twice is on disk by then.
+            The answer; whatever must never happen twice is on disk by then, and so is the
+            journal's line about it.
 
         Raises:
             PolicyError: policy.toml is missing or unusable; then no message is answered.
+            ConfigError: the journal cannot be written; likewise.
             FedwardError: the message is refused; nothing but the error's class may be told.
         """
+        if self._journal is None:
+            return self._answer(action, body)
+        self._asked = ""
+        began, charged = time.perf_counter(), self.books.ledger.count
+        reply, failure = b"", ""
+        try:
+            reply = self._answer(action, body)
+        except BaseException as error:
+            failure = type(error).__name__
+            raise
+        finally:
+            run = self._runs.get(self._asked)
+            added = self.books.ledger.since(charged)
+            self._journal.policy(self.books.policy.sha256)
+            self._journal.message(
+                Handled(
+                    action=action,
+                    run=self._asked,
+                    plan=run.plan.sha256 if run else "",
+                    bytes_in=len(body),
+                    bytes_out=len(reply),
+                    error=failure,
+                    seconds=time.perf_counter() - began,
+                    charges=[event for event in added if event["kind"] == "charge"],
+                    ledger_head=self.books.ledger.head.hex(),
+                ),
+                self._project,
+            )
+        return reply
+
+    def _answer(self, action: str, body: bytes) -> bytes:
         self.books.policy.read()
         if action not in self._actions:
             raise ProtocolError(f"unknown action {action!r}")
         return self._actions[action](body)
 
+    def _read(self, cls: type[T], body: bytes) -> T:
+        """Decode a message of the server, and remember which run it is about."""
+        request = decode(cls, body)
+        self._asked = request.run_id
+        return request
+
     def _join(self, body: bytes) -> bytes:
-        request = decode(Join, body)
+        request = self._read(Join, body)
         plan = plans.from_bytes(request.plan)
         self.books.require_approved(plan, request.run_id)
         self.books.allow(plan)
@@ -91,7 +137,7 @@ class Site:
         return encode(Joined(site=self.config.name, advertise=advertise))
 
     def _setup(self, body: bytes) -> bytes:
-        request = decode(SetupStep, body)
+        request = self._read(SetupStep, body)
         run = self._run(request.run_id)
         with run.transaction():
             steps = {2: run.member.encapsulate, 3: run.member.prekeys, 4: run.member.confirm}
@@ -102,7 +148,7 @@ class Site:
             return answer
 
     def _round(self, body: bytes) -> bytes:
-        request = decode(RoundRequest, body)
+        request = self._read(RoundRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
             if request.activation is not None:
@@ -112,7 +158,7 @@ class Site:
             return run.contribute(request.opening)
 
     def _agree(self, body: bytes) -> bytes:
-        request = decode(PhaseRequest, body)
+        request = self._read(PhaseRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
             answer = run.member.agree(request.body)
@@ -120,13 +166,13 @@ class Site:
             return answer
 
     def _release(self, body: bytes) -> bytes:
-        request = decode(PhaseRequest, body)
+        request = self._read(PhaseRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
             return run.member.release(request.body)
 
     def _refill(self, body: bytes) -> bytes:
-        request = decode(PhaseRequest, body)
+        request = self._read(PhaseRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
             answer = run.member.refill(request.body)
@@ -134,7 +180,7 @@ class Site:
             return answer
 
     def _recheck(self, body: bytes) -> bytes:
-        request = decode(RecheckRequest, body)
+        request = self._read(RecheckRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
             run.accept(request.results)
@@ -142,7 +188,7 @@ class Site:
         return encode(Rechecked(attestations=answers))
 
     def _finish(self, body: bytes) -> bytes:
-        request = decode(FinishRequest, body)
+        request = self._read(FinishRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
             run.accept(request.results)

@@ -19,21 +19,34 @@ exit codes: 0 done; 2 usage or configuration; 3 refused by policy or budget; 4 p
 """
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 Say = Callable[[str], None]
+Ended = Callable[[argparse.Namespace, int, str], None]
 
 
-def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None, say: Say) -> int:
+def run_command(
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    say: Say,
+    ended: Ended = lambda arguments, code, error: None,
+) -> int:
     """Parse, run `arguments.command(arguments)`, and turn errors into exit codes.
 
     Args:
         parser: Its commands set `command`; it has --debug.
         argv: The words; None takes the process's own.
         say: Writes a line for the user to stderr.
+        ended: Told how a command ended: its code, and the class of its error.
     """
     arguments = parser.parse_args(argv)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
     try:
-        return int(arguments.command(arguments))
+        try:
+            code = int(arguments.command(arguments))
+        except FedwardError as error:
+            ended(arguments, error.exit_code, type(error).__name__)
+            raise
+        ended(arguments, code, "")
+        return code
     except FedwardError as error:
         _trace(arguments)
         say(f"{parser.prog}: {error}")

@@ -92,4 +92,6 @@ def _settings(name: str, seed: int, device: str) -> str:
         "[data]\n"
         'train = "train.safetensors"\n'
         'test = "test.safetensors"\n'
+        "[log]\n"
+        "journal = false\n"
     )
