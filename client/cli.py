@@ -8,7 +8,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from client import commands_check, commands_enrol, commands_ledger, commands_log, commands_study
+from client import (
+    commands_check,
+    commands_data,
+    commands_enrol,
+    commands_ledger,
+    commands_log,
+    commands_study,
+)
 from shared.command import EXIT_CODES, folder_option, run_command
 
 _EPILOG = f"""\
@@ -45,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands_enrol.add_commands(commands)
     commands_check.add_commands(commands)
+    commands_data.add_commands(commands)
     commands_study.add_commands(commands)
     commands_ledger.add_commands(commands)
     commands_log.add_commands(commands)

@@ -16,6 +16,7 @@ from client.consent import Books
 from client.consent_sheet import sheet
 from client.data.prepared import read_prepared
 from client.policy import DatasetPolicy
+from client.prepare import ensure_prepared
 from shared import plan as plans
 from shared.command import Commands
 from shared.errors import ConfigError, PolicyError
@@ -63,7 +64,10 @@ def _approve(arguments: argparse.Namespace) -> int:
     with open_books(arguments) as (folder, config, books):
         # The policy speaks before the data are opened; of these only identifiers are read.
         books.allow(plan)
-        data = read_prepared(folder.data_file(config, plan, "train"))
+        prepared = ensure_prepared(folder, config, plan)
+        if prepared is not None:
+            print("\n".join([*prepared.lines(), ""]))
+        data = books.opt_out.without(read_prepared(folder.data_file(config, plan, "train")))
         population = books.population(data.patient_ids)
         cost = books.consider(plan, population)
         measured = None if arguments.show and arguments.no_guard else _sensitivity(plan, config)

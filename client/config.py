@@ -11,6 +11,8 @@ policy.toml        what this site allows; without it nothing runs
 ledger.db          which plans it approved, and what its patients have spent
 journal.db         everything that happened here, signed, and nothing about any patient
 logs/              of the processes
+opt-out.json       patients who do not take part, as keyed hashes
+prepared/          the hospital's files as a plan's task wants them
 patients.key       turns patients' identifiers into the ledger's hashes
 runs/RUN/          state of one run, and its log
 """

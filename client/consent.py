@@ -14,6 +14,7 @@ from pathlib import Path
 
 from client.budget import Cost, commitments, cost_of, histories, rounds_that_fit
 from client.ledger import Body, HeadMovedError, Ledger
+from client.opt_out import OptOutList
 from client.patients import KEY_FILE, PatientKey, Population
 from client.policy import DatasetPolicy, PolicyFile, refuse_unless_allowed, require_open
 from shared.errors import PolicyError
@@ -68,6 +69,9 @@ class Books:
         make_key = fresh and not key_file.exists()
         self.key = (PatientKey.create if make_key else PatientKey.load)(key_file)
         self.ledger.open_for(facts.name, self.key.check)
+        self.opt_out = OptOutList(folder, self.key)
+        if fresh:
+            self.opt_out.begin()
         self._checked: tuple[object, ...] = ()
 
     @property

@@ -102,6 +102,10 @@ class PatientKey:
         )
         return self._of(b"patient " + name.encode() for name in names)
 
+    def tags(self, patient_ids: Iterable[str]) -> Members:
+        """The keyed hash of each patient, in the order given: uint64."""
+        return self._hashes(b"patient " + _normal(name).encode() for name in patient_ids)
+
     def whole(self, dataset: str) -> Population:
         """A dataset as if it were a single patient: where rows carry no identifier.
 
@@ -111,9 +115,12 @@ class PatientKey:
         return self._of([b"dataset " + dataset.encode()])
 
     def _of(self, names: Iterable[bytes]) -> Population:
-        tags = b"".join(hmac.digest(self._key, name, "sha256")[:8] for name in names)
-        members = np.unique(np.frombuffer(tags, dtype="<u8")).astype(np.uint64, copy=False)
+        members = np.unique(self._hashes(names))
         return Population(digest_of(members), members)
+
+    def _hashes(self, names: Iterable[bytes]) -> Members:
+        tags = b"".join(hmac.digest(self._key, name, "sha256")[:8] for name in names)
+        return np.frombuffer(tags, dtype="<u8").astype(np.uint64, copy=False)
 
 
 def digest_of(members: Members) -> str:

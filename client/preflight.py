@@ -319,7 +319,7 @@ def _allowed(
         if plan is None or data is None:
             yield Line("budget", "skipped", "give a plan and its data to see what it would cost")
             return
-        cost = books.consider(plan, books.population(data.patient_ids))
+        cost = books.consider(plan, books.population(books.opt_out.without(data).patient_ids))
         yield Line(
             "budget",
             "green",

@@ -44,6 +44,8 @@ from shared.study import (
     state_to_bytes,
 )
 
+_MADE_FROM_DATA = ("train_data", "test_data", "trainer", "_population", "_people")
+
 
 class SiteRun:
     """One run at one site: its store, its member of the secure sum, its model."""
@@ -72,6 +74,7 @@ class SiteRun:
         self._session = session_of(plan, run_id, folder.roster(), self.spec.length)
         if self._session.public[config.name] != identity.public:
             raise ConfigError("the roster pins another key for this site than its identity.pem")
+        self._opt_out = books.opt_out.stamp()
         self._begin()
         self._load()
 
@@ -131,7 +134,7 @@ class SiteRun:
 
     def _data(self, part: Part) -> PatientDataset:
         path = self._folder.data_file(self.config, self.plan, part)
-        data = read_prepared(path)
+        data = self._books.opt_out.without(read_prepared(path))
         shape = input_shape(self.plan)
         if data.inputs.shape[1:] != shape:
             raise ConfigError(f"{path}: records of shape {data.inputs.shape[1:]}, not {shape}")
@@ -157,8 +160,17 @@ class SiteRun:
             self.state = apply_update(self.plan.optimizer, self.state, update)
             self.store["model"] = state_to_bytes(self.state)
 
+    def _follow_opt_out(self) -> None:
+        """Read the data again where a patient was added to the opt-out list, or taken off it."""
+        stamp = self._books.opt_out.stamp()
+        if stamp != self._opt_out:
+            self._opt_out = stamp
+            for name in _MADE_FROM_DATA:
+                self.__dict__.pop(name, None)
+
     def contribute(self, opening: bytes) -> bytes:
         """Train from the own model and return the masked vector (R1)."""
+        self._follow_opt_out()
         ticket = self.member.open_round(opening, model_hash=self.state.digest())
         self.witness.refill(decode(Opening, opening).refill)
         if ticket.reply is not None:

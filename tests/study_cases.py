@@ -24,6 +24,7 @@ class Sites:
         self.plan: StudyPlan = scenario.plan
         hospitals = load_hospitals(scenario.simulation, self.plan)
         self.data: Mapping[str, PatientDataset] = {h.name: h.train for h in hospitals}
+        self.test: Mapping[str, PatientDataset] = {h.name: h.test for h in hospitals}
         self.roster = write_sites(base, self.plan, hospitals, seed=1, device="cpu")
         self.folders = {h.name: base / h.name for h in hospitals}
         for folder in self.folders.values():

@@ -38,6 +38,22 @@ def read_columns(
     return _read_csv(path, wanted, header, delimiter)
 
 
+def read_header(path: Path, *, delimiter: str = ",") -> tuple[str, ...]:
+    """The column names of a CSV or Parquet file; no value is read.
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
+    require(path.is_file(), f"{path} is not a file. Give the CSV or Parquet file itself.")
+    try:
+        if path.suffix.lower() == ".parquet":
+            return tuple(pq.read_schema(path).names)
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            return tuple(c.strip() for c in next(csv.reader(stream, delimiter=delimiter), []))
+    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException):
+        raise ConfigError(f"{path} is not a readable CSV or Parquet file.") from None
+
+
 def _read_csv(
     path: Path, wanted: Sequence[str], header: Sequence[str], delimiter: str
 ) -> dict[str, Texts]:

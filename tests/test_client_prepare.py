@@ -1,0 +1,123 @@
+"""From a hospital's own table to what training reads, by commands."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from site_cases import make_site, study, write_plan
+
+from client import commands_study
+from client.cli import main
+from client.config import SiteFolder
+from client.data.prepared import read_prepared
+from client.preflight import Surroundings, check
+from shared.plan import StudyPlan
+
+SOURCE = """
+[source]
+kind = "table"
+path = "ward.csv"
+test_fraction = 0.25
+
+[source.table]
+patient = "MRN"
+drop_incomplete = true
+
+[[source.table.columns]]
+name = "{label}"
+column = "krank"
+values = [["ja", "{positive}"], ["nein", "no"]]
+"""
+
+
+def command(site: Path, *words: object) -> int:
+    return main(["--site", str(site), *map(str, words)])
+
+
+@pytest.fixture
+def plan() -> StudyPlan:
+    return study()
+
+
+@pytest.fixture
+def site(tmp_path: Path, plan: StudyPlan) -> Path:
+    """A site whose data is a table with one record of most patients and two of some."""
+    folder = make_site(tmp_path / "site")
+    text = 'name = "site-0"\ndevice = "cpu"\n' + SOURCE.format(
+        label=plan.task.label, positive=plan.task.positive
+    )
+    (folder / "site.toml").write_text(text)
+    names = [f.name for f in plan.task.features]
+    rows = [f"MRN,krank,{','.join(names)}"]
+    for i in range(48):
+        middle = [str((f.minimum or 0) + 0.01 * i) for f in plan.task.features]
+        rows.append(f"P{i % 40:03},{'ja' if i % 40 < 20 else 'nein'},{','.join(middle)}")
+    rows.append("P900,," + ",".join(["1"] * len(names)))
+    (folder / "ward.csv").write_text("\n".join(rows))
+    return folder
+
+
+def test_the_own_table_becomes_two_parts_by_patient(
+    site: Path, tmp_path: Path, plan: StudyPlan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_plan(plan, tmp_path / "plan.toml")
+    assert command(site, "data", "prepare", file) == 0
+    shown = capsys.readouterr().out
+    assert "1 incomplete rows left out" in shown
+    assert "30 patients, 15 with the positive label" in shown
+    folder = SiteFolder(site)
+    parts = {p: folder.data_file(folder.config(), plan, p) for p in ("train", "test")}
+    train, test = (read_prepared(path) for path in parts.values())
+    assert len(train.patient_ids) == 30
+    assert len(test.patient_ids) == 10
+    assert not set(train.patient_ids) & set(test.patient_ids)
+    assert stat.S_IMODE(parts["train"].stat().st_mode) == 0o600
+    assert command(site, "data", "prepare", file) == 0  # again after the source changed
+
+
+def test_plans_with_one_task_share_what_was_prepared(site: Path, plan: StudyPlan) -> None:
+    folder, other = SiteFolder(site), study("other", training={"rounds": 3})
+    config = folder.config()
+    assert folder.data_file(config, plan, "train") == folder.data_file(config, other, "train")
+
+
+def test_approving_prepares_by_itself(
+    site: Path, tmp_path: Path, plan: StudyPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands_study, "_sensitivity", lambda plan, config: 1.0)
+    file = write_plan(plan, tmp_path / "plan.toml")
+    lines = {line.name: line for line in check(SiteFolder(site), plan, Surroundings(lambda: 0, {}))}
+    assert lines["data"].state == "red"
+    assert "data prepare" in lines["data"].remedy
+    assert command(site, "approve", file, "--yes") == 0
+    lines = {line.name: line for line in check(SiteFolder(site), plan, Surroundings(lambda: 0, {}))}
+    assert lines["data"].state == "green"
+    assert "30 patients" in lines["data"].private
+    assert "1 incomplete" in lines["data"].private
+
+
+def test_mapping_compares_names_alone(
+    tmp_path: Path, plan: StudyPlan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = tmp_path / "export.csv"
+    first = plan.task.features[0].name
+    table.write_text(f"Patient_ID,{first}x,{plan.task.label}\nSECRET-1,1,1\n")
+    file = write_plan(plan, tmp_path / "plan.toml")
+    assert main(["data", "map", str(file), str(table)]) == 0
+    shown = capsys.readouterr().out
+    assert 'patient = "Patient_ID"' in shown
+    assert f'column = "{first}x"  # a guess' in shown
+    assert f'name = "{plan.task.label}"' not in shown  # called alike
+    assert "SECRET" not in shown
+    assert main(["data", "map", str(file), str(tmp_path / "none.csv")]) == 2
+
+
+def test_without_a_source_the_way_out_is_named(
+    tmp_path: Path, plan: StudyPlan, capsys: pytest.CaptureFixture[str]
+) -> None:
+    site = make_site(tmp_path / "prepared")
+    file = write_plan(plan, tmp_path / "plan.toml")
+    assert command(site, "data", "prepare", file) == 2
+    assert "data map" in capsys.readouterr().err
