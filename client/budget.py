@@ -8,7 +8,7 @@ grow with the number of patients or of rounds.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -33,6 +33,7 @@ class Commitment:
         populations: Digests; a patient of any of them bears the event once.
         event: Noise, rate and steps.
         spent: True for charges, False for a reservation.
+        alone: The same event with this site's own noise alone, where that is less.
     """
 
     approval: int
@@ -41,6 +42,12 @@ class Commitment:
     populations: frozenset[str]
     event: PrivacyEvent
     spent: bool
+    alone: PrivacyEvent | None = None
+
+    @property
+    def if_alone(self) -> PrivacyEvent:
+        """The event as it is if every other site sides with the server."""
+        return self.alone or self.event
 
 
 History = tuple[Commitment, ...]
@@ -56,12 +63,23 @@ class Cost:
         held: What is compared with the cap: `after`, or the filter's figure, which is larger.
         basis: "filter" where the study passes the filter, so that what it leaves unspent may be
             given back; "schedule" where it stays reserved for good.
+        alone: As `after`, if every other site sided with the server in every study.
+        alone_held: As `held`, compared with the cap for that case.
     """
 
     before: float
     after: float
     held: float
     basis: Basis
+    alone: float
+    alone_held: float
+
+    def passes(self, limits: DatasetPolicy) -> bool:
+        """Whether it is within both caps."""
+        return self.held <= limits.max_epsilon and self.alone_held <= limits.max_epsilon_alone
+
+
+NO_COST = Cost(0.0, 0.0, 0.0, "filter", 0.0, 0.0)
 
 
 def commitments(ledger: Ledger) -> History:
@@ -90,30 +108,34 @@ class _Approvals:
         by_run = {self.run_of(a["number"]): a for a in self.approved}
         for (run, population), kinds in self.charged.items():
             approval = by_run.get(run, {"number": 0, "name": "unknown"})
-            for (sigma, rate), steps in kinds.items():
-                event = PrivacyEvent(sigma, rate, steps)
-                where = frozenset({population})
-                yield Commitment(approval["number"], approval["name"], run, where, event, True)
+            where = frozenset({population})
+            for (_, sigma, own, rate), steps in kinds.items():
+                event, alone = PrivacyEvent(sigma, rate, steps), PrivacyEvent(own, rate, steps)
+                number, name = approval["number"], approval["name"]
+                yield Commitment(number, name, run, where, event, True, alone)
 
     def reserved(self) -> Iterator[Commitment]:
         for approval in self.approved:
             number, run = approval["number"], self.run_of(approval["number"])
             bound = self.bound.get(number, [])
-            if not approval["steps"] or (number in self.withdrawn and not run):
+            if number in self.withdrawn and not run:
                 continue
-            given_back = run in self.closed and all(
-                e["basis"] == "filter" for e in [approval, *bound]
-            )
-            left = approval["steps"] - self._steps(run)
-            if given_back or left <= 0:
-                continue
-            where = frozenset(e["population"] for e in [approval, *bound])
-            event = PrivacyEvent(approval["noise_multiplier"], approval["sample_rate"], left)
-            yield Commitment(number, approval["name"], run, where, event, False)
+            if run in self.closed and all(e["basis"] == "filter" for e in [approval, *bound]):
+                continue  # given back
+            for use, part in approval["parts"].items():
+                left = part["steps"] - self._steps(run, use)
+                if left <= 0:
+                    continue
+                later = [e["populations"].get(use, part["population"]) for e in bound]
+                where = frozenset([part["population"], *later])
+                rate = part["sample_rate"]
+                event = PrivacyEvent(part["noise_multiplier"], rate, left)
+                alone = PrivacyEvent(part["alone"], rate, left)
+                yield Commitment(number, approval["name"], run, where, event, False, alone)
 
-    def _steps(self, run: str) -> int:
+    def _steps(self, run: str, use: str) -> int:
         kinds = [k for (of, _), k in self.charged.items() if of == run]
-        return sum(steps for k in kinds for steps in k.values())
+        return sum(steps for k in kinds for kind, steps in k.items() if kind.used_for == use)
 
 
 def histories(
@@ -144,60 +166,79 @@ def histories(
 
 
 def cost_of(
-    event: PrivacyEvent, past: Sequence[History], limits: DatasetPolicy, *, own: str = ""
+    planned: Sequence[Commitment], past: Sequence[History], limits: DatasetPolicy, *, own: str = ""
 ) -> Cost:
-    """What `event` would bring the worst patient to.
+    """What `planned` would bring the worst patient to.
 
     A study that is the first one of all its patients was not chosen after seeing anything about
     them: composition as fixed beforehand covers it, and nothing may be given back. From the second
     study on the filter decides, unless the policy declares a schedule.
 
     Args:
-        event: The study's steps, or those that a run has left.
-        past: The histories of the patients that it would touch.
-        limits: Cap, delta and kind of composition.
-        own: The run that the event belongs to; its earlier charges are part of the same study.
+        planned: The study's parts, or those that a run has left.
+        past: The histories of the patients that it would touch, `planned` included.
+        limits: Caps, delta and kind of composition.
+        own: The run that they belong to; its earlier charges are part of the same study.
     """
-    costs = [_cost(event, history, limits, own) for history in past]
+    costs = [_cost(frozenset(planned), history, limits, own) for history in past]
     basis: Basis = "filter" if all(c.basis == "filter" for c in costs) else "schedule"
     return Cost(
         max(c.before for c in costs),
         max(c.after for c in costs),
         max(c.held for c in costs),
         basis,
+        max(c.alone for c in costs),
+        max(c.alone_held for c in costs),
     )
 
 
-def _cost(event: PrivacyEvent, history: History, limits: DatasetPolicy, own: str) -> Cost:
-    cap, delta = limits.max_epsilon, limits.max_delta
-    earlier = [c.event for c in history]
-    others = [c for c in history if not (own and c.run == own)]
-    before = epsilon_of_events(earlier, delta)
-    after = epsilon_of_events([*earlier, event], delta)
+def _cost(
+    planned: frozenset[Commitment], history: History, limits: DatasetPolicy, own: str
+) -> Cost:
+    delta = limits.max_delta
+    first = all(c in planned or (own and c.run == own) for c in history)
+    before = epsilon_of_events([c.event for c in history if c not in planned], delta)
+    after = epsilon_of_events([c.event for c in history], delta)
+    alone = epsilon_of_events([c.if_alone for c in history], delta)
     if limits.composition == "schedule":
-        return Cost(before, after, after, "schedule")
-    held = filtered_epsilon([*earlier, event], cap, delta)
-    if held > cap and not others:
-        return Cost(before, after, after, "schedule")
-    return Cost(before, after, held, "filter")
+        return Cost(before, after, after, "schedule", alone, alone)
+    held = filtered_epsilon([c.event for c in history], limits.max_epsilon, delta)
+    own_held = filtered_epsilon([c.if_alone for c in history], limits.max_epsilon_alone, delta)
+    if first and (held > limits.max_epsilon or own_held > limits.max_epsilon_alone):
+        return Cost(before, after, after, "schedule", alone, alone)
+    return Cost(before, after, held, "filter", alone, own_held)
 
 
 def rounds_that_fit(
-    event: PrivacyEvent,
+    planned: Sequence[Commitment],
     steps_a_round: int,
     past: Sequence[History],
     limits: DatasetPolicy,
 ) -> int:
-    """Rounds of this kind, spare ones included, that stay within the cap; 0 if none does."""
-    low, high = 0, event.steps // steps_a_round
+    """Rounds of training, spare ones included, that stay within the caps; 0 if none does.
+
+    Args:
+        planned: The study's parts; the first one is its training, of which less might fit.
+        steps_a_round: Local steps.
+        past: The histories, `planned` included.
+        limits: Caps, delta and kind of composition.
+    """
+    training = planned[0]
+    low, high = 0, training.event.steps // steps_a_round
     while low < high:
         middle = (low + high + 1) // 2
-        fewer = PrivacyEvent(event.noise_multiplier, event.sample_rate, middle * steps_a_round)
-        if cost_of(fewer, past, limits).held <= limits.max_epsilon:
+        fewer = _shortened(training, middle * steps_a_round)
+        swapped = [tuple(fewer if c == training else c for c in h) for h in past]
+        if cost_of([fewer, *planned[1:]], swapped, limits).passes(limits):
             low = middle
         else:
             high = middle - 1
     return low
+
+
+def _shortened(part: Commitment, steps: int) -> Commitment:
+    alone = part.alone and replace(part.alone, steps=steps)
+    return replace(part, event=replace(part.event, steps=steps), alone=alone)
 
 
 def by_study(known: Sequence[Commitment]) -> Mapping[int, History]:

@@ -14,7 +14,7 @@ from client.budget import Commitment, by_study, commitments, histories
 from client.config import SiteConfig, SiteFolder
 from client.consent import Books
 from client.consent_sheet import sheet
-from client.data.prepared import read_prepared
+from client.people import people_of
 from client.policy import DatasetPolicy
 from client.prepare import ensure_prepared
 from shared import plan as plans
@@ -67,16 +67,15 @@ def _approve(arguments: argparse.Namespace) -> int:
         prepared = ensure_prepared(folder, config, plan)
         if prepared is not None:
             print("\n".join([*prepared.lines(), ""]))
-        data = books.opt_out.without(read_prepared(folder.data_file(config, plan, "train")))
-        population = books.population(data.patient_ids)
-        cost = books.consider(plan, population)
+        people = people_of(folder, config, books, plan)
+        cost = books.consider(plan, people)
         measured = None if arguments.show and arguments.no_guard else _sensitivity(plan, config)
         print(sheet(plan, books.limits, cost, books.facts, measured))
         if arguments.show:
             return 0
         if not arguments.yes:
             _ask(plan)
-        books.approve(plan, population)
+        books.approve(plan, people)
     print(f"\nApproved for one run, and reserved: {plan.sha256}")
     return 0
 

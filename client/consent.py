@@ -8,22 +8,36 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from client.budget import Cost, commitments, cost_of, histories, rounds_that_fit
+import numpy as np
+
+from client.budget import (
+    NO_COST,
+    Commitment,
+    Cost,
+    History,
+    commitments,
+    cost_of,
+    histories,
+    rounds_that_fit,
+)
 from client.ledger import Body, HeadMovedError, Ledger
 from client.opt_out import OptOutList
-from client.patients import KEY_FILE, PatientKey, Population
+from client.patients import KEY_FILE, Members, PatientKey, Population
 from client.policy import DatasetPolicy, PolicyFile, refuse_unless_allowed, require_open
 from shared.errors import PolicyError
 from shared.identity import Identity
+from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
-from shared.privacy import PrivacyEvent, noise_multiplier_of, steps_of
+from shared.privacy import PrivacyEvent, Use, costs_of
 from shared.version import fedward_version, require_version
 
 LEDGER_FILE = "ledger.db"
+People = Mapping[Use, Population]
+"""Whom a plan charges, by what it charges them for."""
 
 
 @dataclass(frozen=True)
@@ -105,39 +119,55 @@ class Books:
             return self.key.whole(limits.name)
         return self.key.population(patient_ids)
 
-    def consider(self, plan: StudyPlan, population: Population) -> Cost:
+    def people(self, plan: StudyPlan, patient_ids: Mapping[Use, Iterable[str]]) -> People:
+        """Whom a plan charges, of the patients that it would touch."""
+        return {use: self.population(patient_ids[use]) for use in costs_of(plan)}
+
+    def consider(self, plan: StudyPlan, people: People) -> Cost:
         """What the plan would bring the worst of these patients to.
 
         Raises:
-            PolicyError: the policy does not allow the plan, or the cap would be passed; then with
+            PolicyError: the policy does not allow the plan, or a cap would be passed; then with
                 the number of rounds that still fit.
         """
         limits = self.allow(plan)
-        event = event_of(plan)
-        if event is None:
-            return Cost(0.0, 0.0, 0.0, "filter")
-        past = histories(population.members, commitments(self.ledger), self.ledger.members)
-        cost = cost_of(event, past, limits)
-        if cost.held > limits.max_epsilon:
-            per_round = plan.training.local_steps
-            fit = rounds_that_fit(event, per_round, past, limits)
+        planned = parts_of(plan, people)
+        if not planned:
+            return NO_COST
+        past = self._histories([*commitments(self.ledger), *planned], people)
+        cost = cost_of(planned, past, limits)
+        if not cost.passes(limits):
+            fit = None
+            if "training" in people:
+                fit = rounds_that_fit(planned, plan.training.local_steps, past, limits)
             raise PolicyError(_beyond(plan, limits, cost, fit))
         return cost
 
-    def approve(self, plan: StudyPlan, population: Population) -> Cost:
+    def _histories(self, known: list[Commitment], people: People) -> tuple[History, ...]:
+        """The histories of these patients, of whom some may be new to the ledger."""
+        fresh = {p.digest: p.members for p in people.values()}
+
+        def members(digest: str) -> Members:
+            found = fresh.get(digest)
+            return self.ledger.members(digest) if found is None else found
+
+        everyone = np.unique(np.concatenate(list(fresh.values())))
+        return histories(everyone, known, members)
+
+    def approve(self, plan: StudyPlan, people: People) -> Cost:
         """Consider a plan, and reserve its whole cost for one run; signed in the ledger.
 
         Raises:
             PolicyError: as for `consider`.
         """
         self.ledger.verify(every_signature=False)
-        event = event_of(plan)
-        self.ledger.add_population(population, self.facts.dataset)
+        for population in people.values():
+            self.ledger.add_population(population, self.facts.dataset)
         while True:
             head = self.ledger.head
-            cost = self.consider(plan, population)
+            cost = self.consider(plan, people)
             try:
-                fields = _approval(plan, event, population, cost, self.limits)
+                fields = _approval(plan, people, cost, self.limits)
                 self.ledger.append("approved", fields, expected_head=head)
             except HeadMovedError:
                 continue
@@ -169,8 +199,8 @@ class Books:
             "a changed byte needs a new approval."
         )
 
-    def admit(self, plan: StudyPlan, run: str, population: Population | None) -> int:
-        """Let a run go on to its next round; returns the steps it may cost altogether.
+    def admit(self, plan: StudyPlan, run: str, people: People) -> None:
+        """Let a run go on to its next round.
 
         The policy on disk is held against the plan again whenever it changed, and the budget
         whenever the policy or the patients did.
@@ -178,7 +208,7 @@ class Books:
         Args:
             plan: The run's plan.
             run: Its id.
-            population: The patients it trains on; None where privacy is off.
+            people: The patients it trains on and counts; none where privacy is off.
 
         Raises:
             PolicyError: the policy, its hours or the budget do not allow another round.
@@ -186,28 +216,27 @@ class Books:
         policy = self.policy.read()
         limits = policy.of(self.facts.dataset)
         require_open(limits, lambda: datetime.datetime.fromtimestamp(self._clock()))
-        digest = population.digest if population else ""
-        state = (policy, plan.sha256, run, digest)
+        digests = tuple(sorted((use, p.digest) for use, p in people.items()))
+        state = (policy, plan.sha256, run, digests)
         if state != self._checked:
             self.allow(plan)
-            if population is not None:
-                self._bind(plan, run, population, limits)
+            if people:
+                self._bind(plan, run, people, limits)
             self._checked = state
-        return steps_of(plan)
 
-    def _bind(
-        self, plan: StudyPlan, run: str, population: Population, limits: DatasetPolicy
-    ) -> None:
-        self.ledger.add_population(population, self.facts.dataset)
+    def _bind(self, plan: StudyPlan, run: str, people: People, limits: DatasetPolicy) -> None:
+        for population in people.values():
+            self.ledger.add_population(population, self.facts.dataset)
+        digests = {use: population.digest for use, population in sorted(people.items())}
         while True:
             head = self.ledger.head
             approval = self.require_approved(plan, run)
-            cost = self._cost_of_rest(plan, run, population, limits, approval)
+            cost = self._cost_of_rest(plan, run, people, limits, approval)
             bound = [e for e in self.ledger.events("bound") if e["run"] == run]
-            if bound and bound[-1]["population"] == population.digest:
+            if bound and bound[-1]["populations"] == digests:
                 return
             fields = {"run": run, "approval": approval["number"], "basis": cost.basis}
-            fields |= {"plan_sha256": plan.sha256, "population": population.digest}
+            fields |= {"plan_sha256": plan.sha256, "populations": digests}
             try:
                 self.ledger.append("bound", fields, expected_head=head)
             except HeadMovedError:
@@ -218,24 +247,24 @@ class Books:
         self,
         plan: StudyPlan,
         run: str,
-        population: Population,
+        people: People,
         limits: DatasetPolicy,
         approval: Body,
     ) -> Cost:
         """What the run's remaining steps cost these very patients, whoever was approved."""
-        event = event_of(plan)
-        left = approval["steps"] - self.ledger.steps(run)
-        if event is None or left <= 0:
-            return Cost(0.0, 0.0, 0.0, "filter")
-        rest = PrivacyEvent(event.noise_multiplier, event.sample_rate, left)
+        done: Mapping[Use, int] = {use: self.ledger.steps(run, use) for use in people}
+        rest = parts_of(plan, people, done)
+        if not rest:
+            return NO_COST
         known = [c for c in commitments(self.ledger) if c.spent or c.approval != approval["number"]]
-        past = histories(population.members, known, self.ledger.members)
-        cost = cost_of(rest, past, limits, own=run)
-        if cost.held > limits.max_epsilon:
+        cost = cost_of(rest, self._histories([*known, *rest], people), limits, own=run)
+        if not cost.passes(limits):
             raise PolicyError(
                 f"the rest of plan {plan.name!r} would bring a patient of this site to epsilon "
-                f"{cost.held:.3f} at delta {limits.max_delta:g}; policy.toml allows "
-                f"{limits.max_epsilon:g}. The policy or the patients changed since the approval."
+                f"{cost.held:.3f} at delta {limits.max_delta:g} ({cost.alone_held:.3f} if every "
+                f"other site sided with the server); policy.toml allows {limits.max_epsilon:g} "
+                f"({limits.max_epsilon_alone:g}). The policy or the patients changed since the "
+                "approval."
             )
         return cost
 
@@ -278,48 +307,86 @@ class Books:
         self.ledger.close()
 
 
-def event_of(plan: StudyPlan) -> PrivacyEvent | None:
-    """All that a plan may cost a patient, spare rounds included; None where privacy is off."""
-    sigma, rate = noise_multiplier_of(plan), plan.training.sample_rate
-    if sigma is None or rate is None:
-        return None
-    return PrivacyEvent(sigma, rate, steps_of(plan))
+def parts_of(
+    plan: StudyPlan, people: People, done: Mapping[Use, int] | None = None
+) -> list[Commitment]:
+    """What a plan may still cost each of these populations, training first.
+
+    Args:
+        plan: The plan.
+        people: Whom it charges; every use that costs something must be there.
+        done: Steps that were charged already, by use.
+
+    Raises:
+        PolicyError: nobody is named for a use: its patients could not be charged.
+    """
+    alone, parts = alone_multipliers(plan), []
+    for use, event in costs_of(plan).items():
+        if use not in people:
+            raise PolicyError(
+                f"plan {plan.name!r} costs patients for {use}, and none are named for it. Name "
+                "the data that it would use in site.toml."
+            )
+        left = event.steps - (done or {}).get(use, 0)
+        if left > 0:
+            where = frozenset({people[use].digest})
+            own = PrivacyEvent(alone[use], event.sample_rate, left)
+            part = replace(event, steps=left)
+            parts.append(Commitment(PLANNED, plan.name, use, where, part, False, own))
+    return parts
 
 
-def _approval(
-    plan: StudyPlan,
-    event: PrivacyEvent | None,
-    population: Population,
-    cost: Cost,
-    limits: DatasetPolicy,
-) -> Body:
+PLANNED = -1
+
+
+def _approval(plan: StudyPlan, people: People, cost: Cost, limits: DatasetPolicy) -> Body:
+    alone = alone_multipliers(plan)
+    parts = {
+        use: {
+            "population": people[use].digest,
+            "noise_multiplier": event.noise_multiplier,
+            "alone": alone[use],
+            "sample_rate": event.sample_rate,
+            "steps": event.steps,
+        }
+        for use, event in costs_of(plan).items()
+    }
     return {
         "plan_sha256": plan.sha256,
         "name": plan.name,
-        "population": population.digest,
-        "noise_multiplier": event.noise_multiplier if event else 0.0,
-        "sample_rate": event.sample_rate if event else 0.0,
-        "steps": event.steps if event else 0,
+        "parts": parts,
         "basis": cost.basis,
         "cap": limits.max_epsilon,
+        "cap_alone": limits.max_epsilon_alone,
         "delta": limits.max_delta,
         "epsilon_before": cost.before,
         "epsilon_after": cost.after,
     }
 
 
-def _beyond(plan: StudyPlan, limits: DatasetPolicy, cost: Cost, fit: int) -> str:
+def _beyond(plan: StudyPlan, limits: DatasetPolicy, cost: Cost, fit: int | None) -> str:
     by_filter = (
         f" Studies chosen after earlier results are held by a filter, which counts {cost.held:.3f}."
         if cost.held != cost.after
         else ""
     )
+    alone = (
+        f" If every other site sided with the server it would be {cost.alone_held:.3f}; "
+        f"max_epsilon_alone is {limits.max_epsilon_alone:g}."
+        if cost.alone_held > limits.max_epsilon_alone
+        else ""
+    )
+    fewer = "Ask for a plan with more noise."
+    if fit is not None:
+        fewer = (
+            f"{fit} of its {plan.training.rounds + plan.training.spare_rounds} rounds (spare ones "
+            "included) would still fit at this noise: ask for a plan with that many, or with more "
+            "noise."
+        )
     return (
         f"plan {plan.name!r} would bring a patient of this site from epsilon {cost.before:.3f} to "
         f"{cost.after:.3f} at delta {limits.max_delta:g}; policy.toml allows "
-        f"{limits.max_epsilon:g} over all studies.{by_filter} {fit} of its "
-        f"{plan.training.rounds + plan.training.spare_rounds} rounds (spare ones included) would "
-        "still fit at this noise: ask for a plan with that many, or with more noise."
+        f"{limits.max_epsilon:g} over all studies.{by_filter}{alone} {fewer}"
     )
 
 

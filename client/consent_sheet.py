@@ -7,10 +7,16 @@ import textwrap
 from client.budget import Cost
 from client.consent import SiteFacts
 from client.policy import DatasetPolicy
+from shared.counts import count_kind, count_noise
 from shared.identity import fingerprint
 from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
-from shared.privacy import describe, noise_multiplier_of
+from shared.privacy import (
+    costs_of,
+    count_noise_multiplier,
+    describe,
+    epsilon_of,
+)
 
 
 def sheet(
@@ -79,7 +85,20 @@ def _leaves(plan: StudyPlan) -> list[str]:
         "exact": "EXACT histograms of test patients' scores, without noise (simulation).",
     }[plan.evaluation.release]
     text = "Each round one encrypted update, which is opened only as part of a sum. "
-    return _wrapped(text + evaluation)
+    return [*_wrapped(text), *_wrapped(evaluation), *_counted(plan)]
+
+
+def _counted(plan: StudyPlan) -> list[str]:
+    """How noisy the released counts are, in patients: what one can and cannot read from them."""
+    if count_noise_multiplier(plan) is None:
+        return []
+    noise, releases = count_noise(plan), plan.evaluation.releases(plan.training.rounds)
+    least = noise.spread(plan.cohort.threshold)
+    text = (
+        f"{releases} release(s) of {count_kind(plan).cells(plan)} counts, each count with a noise "
+        f"of {least:.1f} patients (standard deviation, over {plan.cohort.threshold} sites)."
+    )
+    return _wrapped(text)
 
 
 def _guard(sensitivity: float | None) -> list[str]:
@@ -93,7 +112,7 @@ def _guard(sensitivity: float | None) -> list[str]:
 
 
 def _cost(plan: StudyPlan, limits: DatasetPolicy, cost: Cost) -> list[str]:
-    if noise_multiplier_of(plan) is None:
+    if not costs_of(plan):
         return ["no accounting: privacy is off (simulation)"]
     lines = [
         f"epsilon now               {cost.before:9.3f}   at delta {limits.max_delta:g}, for the "
@@ -103,6 +122,12 @@ def _cost(plan: StudyPlan, limits: DatasetPolicy, cost: Cost) -> list[str]:
     ]
     if cost.basis == "filter":
         lines.insert(2, f"as the filter counts it   {cost.held:9.3f}")
+    if plan.privacy.mode == "distributed":
+        lines += [
+            f"if all others colluded    {cost.alone:9.3f}   by this site's own noise alone",
+            f"allowed in that case      {limits.max_epsilon_alone:9.3f}",
+        ]
+    lines += _by_use(plan, limits.max_delta)
     note = {
         "local": "Dropouts add nothing: this site adds all of its noise itself. ",
         "distributed": "All dropouts that the plan tolerates are counted in: each site's share of "
@@ -114,6 +139,19 @@ def _cost(plan: StudyPlan, limits: DatasetPolicy, cost: Cost) -> list[str]:
         "schedule": "The whole cost stays reserved for good, also if fewer rounds run.",
     }[cost.basis]
     return [*lines, *_wrapped(note + kept)]
+
+
+def _by_use(plan: StudyPlan, delta: float) -> list[str]:
+    """This study alone, for patients whom it trains on and patients whom it counts."""
+    costs = costs_of(plan)
+    if len(costs) < 2:
+        return []
+    spent = {
+        use: epsilon_of(e.noise_multiplier, e.sample_rate, e.steps, delta)
+        for use, e in costs.items()
+    }
+    named = ", ".join(f"{value:.3f} for {use}" for use, value in spent.items())
+    return _wrapped(f"Of that this study alone: {named}; each of other patients.")
 
 
 def _wrapped(text: str, width: int = 96) -> list[str]:

@@ -7,7 +7,7 @@ opened      once: the site, its public key, the check of its patients' key
 population  a set of patients, by the digest of their keyed hashes
 approved    a plan may cost so many steps on a population; they are reserved from now on
 bound       a run takes an approval; again when the run's data changed
-charge      a round is about to train; from here on it counts as spent
+charge      a round is about to train, or to count its test patients; it counts as spent
 released    its masked update is about to leave
 closed      a run is over
 withdrawn   an approval that no run has taken is given up
@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -36,9 +36,9 @@ from client.store import connect
 from shared.config import canonical_json
 from shared.errors import PolicyError
 from shared.identity import Identity
-from shared.privacy import PrivacyEvent
+from shared.privacy import Use
 
-SCHEMA = "fedward-ledger/2"
+SCHEMA = "fedward-ledger/3"
 Body = dict[str, Any]
 
 # Columns are computed by SQLite from the signed text, so that none can say anything else.
@@ -50,10 +50,11 @@ CREATE TABLE IF NOT EXISTS event (
     run TEXT AS (json_extract(body, '$.run')),
     epoch INTEGER AS (json_extract(body, '$.epoch')),
     round INTEGER AS (json_extract(body, '$.round_no')),
+    used_for TEXT AS (json_extract(body, '$.used_for')),
     steps INTEGER AS (json_extract(body, '$.steps'))
 );
-CREATE UNIQUE INDEX IF NOT EXISTS once ON event (run, kind, epoch, round);
-CREATE INDEX IF NOT EXISTS by_kind ON event (kind, run, steps);
+CREATE UNIQUE INDEX IF NOT EXISTS once ON event (run, kind, epoch, round, used_for);
+CREATE INDEX IF NOT EXISTS by_kind ON event (kind, run, used_for, steps);
 CREATE UNIQUE INDEX IF NOT EXISTS by_chain ON event (chain);
 CREATE TABLE IF NOT EXISTS population (digest TEXT PRIMARY KEY, members BLOB NOT NULL);
 """
@@ -75,10 +76,12 @@ class Charge:
         plan_sha256: The study's plan.
         round_no: The secure sum's round, unique within run and epoch.
         descriptor: Hex digest of the round's descriptor.
-        noise_multiplier: Noise over clip norm, per step.
-        sample_rate: Poisson rate per step.
-        steps: Local steps.
+        noise_multiplier: Noise over clip norm, per step; over sensitivity, for counts.
+        alone: The same of this site's own noise, if every other site sides with the server.
+        sample_rate: Poisson rate per step; 1 for counts.
+        steps: Local steps; 1 for counts.
         population: Digest of the patients that the steps draw from.
+        used_for: What of the round costs it: one round may train some and count others.
         epoch: Of the secure sum's set-up.
     """
 
@@ -87,15 +90,21 @@ class Charge:
     round_no: int
     descriptor: str
     noise_multiplier: float
+    alone: float
     sample_rate: float
     steps: int
     population: str
+    used_for: Use = "training"
     epoch: int = 0
 
-    @property
-    def event(self) -> PrivacyEvent:
-        """The charge as the accountant wants it."""
-        return PrivacyEvent(self.noise_multiplier, self.sample_rate, self.steps)
+
+class Kind(NamedTuple):
+    """A kind of step, as charged."""
+
+    used_for: Use
+    noise_multiplier: float
+    alone: float
+    sample_rate: float
 
 
 class Ledger:
@@ -227,7 +236,7 @@ class Ledger:
 
         Args:
             charge: What the round costs.
-            limit: Steps that the run may cost altogether.
+            limit: Steps that the run may cost altogether for the same use.
 
         Raises:
             PolicyError: the round is charged with another descriptor or cost; or the run is over
@@ -237,8 +246,8 @@ class Ledger:
         with self._writing():
             row = self._db.execute(
                 "SELECT body FROM event WHERE run = ? AND kind = 'charge' AND epoch = ?"
-                " AND round = ?",
-                (charge.run, charge.epoch, charge.round_no),
+                " AND round = ? AND used_for = ?",
+                (charge.run, charge.epoch, charge.round_no, charge.used_for),
             ).fetchone()
             if row is None:
                 self._refuse_beyond(charge, limit)
@@ -250,10 +259,11 @@ class Ledger:
                 )
 
     def _refuse_beyond(self, charge: Charge, limit: int) -> None:
-        after = self.steps(charge.run) + charge.steps
+        after = self.steps(charge.run, charge.used_for) + charge.steps
         if after > limit:
+            step = "local step" if charge.used_for == "training" else "release of counts"
             raise PolicyError(
-                f"round {charge.round_no} would be local step {after} of this run; the plan's "
+                f"round {charge.round_no} would be {step} {after} of this run; the plan's "
                 f"epsilon covers {limit}. Plan more spare_rounds."
             )
         if self._has("closed", charge.run):
@@ -261,12 +271,13 @@ class Ledger:
 
     def release(self, charge: Charge) -> None:
         """Note that a reserved charge's update is about to leave; once."""
-        fields = {"run": charge.run, "epoch": charge.epoch, "round_no": charge.round_no}
+        fields: Body = {"run": charge.run, "epoch": charge.epoch, "round_no": charge.round_no}
+        fields |= {"used_for": charge.used_for}
         with self._writing():
             known = self._db.execute(
                 "SELECT 1 FROM event WHERE run = ? AND kind = 'released' AND epoch = ?"
-                " AND round = ?",
-                (charge.run, charge.epoch, charge.round_no),
+                " AND round = ? AND used_for = ?",
+                (charge.run, charge.epoch, charge.round_no, charge.used_for),
             ).fetchone()
             if known is None:
                 self._append("released", fields)
@@ -316,23 +327,26 @@ class Ledger:
         found = (Charge(**{n: e[n] for n in names}) for e in self.events("charge"))
         return tuple(c for c in found if run in (None, c.run))
 
-    def spent(self) -> dict[tuple[str, str], dict[tuple[float, float], int]]:
-        """Steps charged, by (run, population) and then by (noise multiplier, sample rate)."""
+    def spent(self) -> dict[tuple[str, str], dict[Kind, int]]:
+        """Steps charged, by (run, population) and then by kind of step."""
         rows = self._db.execute(
-            "SELECT run, json_extract(body, '$.population'),"
-            " json_extract(body, '$.noise_multiplier'), json_extract(body, '$.sample_rate'),"
+            "SELECT run, json_extract(body, '$.population'), used_for,"
+            " json_extract(body, '$.noise_multiplier'), json_extract(body, '$.alone'),"
+            " json_extract(body, '$.sample_rate'),"
             " SUM(steps) FROM event WHERE kind = 'charge'"
-            " GROUP BY 1, 2, 3, 4"
+            " GROUP BY 1, 2, 3, 4, 5, 6"
         )
-        table: dict[tuple[str, str], dict[tuple[float, float], int]] = {}
-        for run, population, sigma, rate, steps in rows:
-            table.setdefault((run, population), {})[sigma, rate] = int(steps)
+        table: dict[tuple[str, str], dict[Kind, int]] = {}
+        for run, population, used_for, sigma, alone, rate, steps in rows:
+            kind = Kind(used_for, sigma, alone, rate)
+            table.setdefault((run, population), {})[kind] = int(steps)
         return table
 
-    def steps(self, run: str) -> int:
-        """Steps charged to one run so far."""
+    def steps(self, run: str, used_for: Use = "training") -> int:
+        """Steps charged to one run so far for one use."""
         row = self._db.execute(
-            "SELECT SUM(steps) FROM event WHERE run = ? AND kind = 'charge'", (run,)
+            "SELECT SUM(steps) FROM event WHERE run = ? AND kind = 'charge' AND used_for = ?",
+            (run, used_for),
         ).fetchone()
         return int(row[0] or 0)
 

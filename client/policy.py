@@ -20,8 +20,9 @@ from typing import Literal
 from shared.config import parse, read_toml, require
 from shared.errors import ConfigError, PolicyError
 from shared.identity import fingerprint
+from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
-from shared.privacy import noise_multiplier_of
+from shared.privacy import costs_of, count_promise_of, epsilon_of
 
 SCHEMA = "fedward-policy/1"
 FILE_NAME = "policy.toml"
@@ -39,7 +40,10 @@ class DatasetPolicy:
     Attributes:
         name: As `dataset` in site.toml.
         max_epsilon: Cap for each patient, over all studies for ever, at max_delta.
-        max_delta: Of that cap; also the largest delta that a plan may promise.
+        max_epsilon_alone: The same cap for the case that every other site sides with the server,
+            so that only this site's own noise counts. Equal to max_epsilon, it leaves no room for
+            mode "distributed", where a site adds a share of the noise.
+        max_delta: Of these caps; also the largest delta that a plan may promise.
         composition: "filter" holds the cap also where a study was chosen after seeing earlier
             results. "schedule" declares that all studies were fixed before the first one ran;
             it lets more studies fit and promises nothing if that is not so.
@@ -59,6 +63,7 @@ class DatasetPolicy:
 
     name: str
     max_epsilon: float
+    max_epsilon_alone: float
     max_delta: float
     composition: Literal["filter", "schedule"]
     min_noise_multiplier: float
@@ -77,6 +82,11 @@ class DatasetPolicy:
     def __post_init__(self) -> None:
         require(bool(self.name), "a dataset has an empty name")
         require(self.max_epsilon > 0, f"max_epsilon is {self.max_epsilon:g}; above 0")
+        require(
+            self.max_epsilon_alone >= self.max_epsilon,
+            f"max_epsilon_alone is {self.max_epsilon_alone:g}; at least max_epsilon, since one's "
+            "own noise alone never protects better",
+        )
         require(0 < self.max_delta < 1, f"max_delta is {self.max_delta:g}; between 0 and 1")
         require(self.min_noise_multiplier > 0, "min_noise_multiplier must be above 0")
         require(self.max_clip_norm > 0, f"max_clip_norm is {self.max_clip_norm:g}; above 0")
@@ -242,19 +252,39 @@ def _privacy_reasons(plan: StudyPlan, limits: DatasetPolicy, site: str) -> Itera
     if mode == "none":
         return
     epsilon, delta, clip = plan.privacy.promise
-    sigma = noise_multiplier_of(plan) or 0.0
-    if epsilon > limits.max_epsilon:
-        yield f"epsilon is {epsilon:g}, max_epsilon is {limits.max_epsilon:g}"
-    if delta > limits.max_delta:
-        yield f"delta is {delta:g}, max_delta is {limits.max_delta:g}"
-    if sigma < limits.min_noise_multiplier:
-        yield f"noise_multiplier is {sigma:g}, min_noise_multiplier {limits.min_noise_multiplier:g}"
+    promises = {"": (epsilon, delta), "evaluation ": count_promise_of(plan)}
+    for name, promise in promises.items():
+        if promise is not None and promise[0] > limits.max_epsilon:
+            yield f"{name}epsilon is {promise[0]:g}, max_epsilon is {limits.max_epsilon:g}"
+        if promise is not None and promise[1] > limits.max_delta:
+            yield f"{name}delta is {promise[1]:g}, max_delta is {limits.max_delta:g}"
+    for use, event in costs_of(plan).items():
+        sigma = event.noise_multiplier
+        if sigma < limits.min_noise_multiplier:
+            yield (
+                f"noise_multiplier of {use} is {sigma:g}, min_noise_multiplier "
+                f"{limits.min_noise_multiplier:g}"
+            )
+    yield from _alone_reasons(plan, limits)
     if clip > limits.max_clip_norm:
         yield f"clip_norm is {clip:g}, max_clip_norm is {limits.max_clip_norm:g}"
     patients = plan.cohort.expected_patients(site)
-    if delta * patients > 1:
+    largest = max(promise[1] for promise in promises.values() if promise is not None)
+    if largest * patients > 1:
         # Such a delta would let one patient's records be published outright.
-        yield f"delta {delta:g} is above 1 / {patients}, the patients that this site declared"
+        yield f"delta {largest:g} is above 1 / {patients}, the patients that this site declared"
+
+
+def _alone_reasons(plan: StudyPlan, limits: DatasetPolicy) -> Iterator[str]:
+    """A study that alone passes the cap; `Books` holds all studies together against it."""
+    own = alone_multipliers(plan)
+    for use, event in costs_of(plan).items():
+        alone = epsilon_of(own[use], event.sample_rate, event.steps, limits.max_delta)
+        if alone > limits.max_epsilon_alone:
+            yield (
+                f"epsilon of {use} is {alone:.3f} if every other site sides with the server, "
+                f"max_epsilon_alone is {limits.max_epsilon_alone:g}"
+            )
 
 
 def _content_reasons(plan: StudyPlan, limits: DatasetPolicy) -> Iterator[str]:

@@ -21,6 +21,7 @@ from client.connections import AHEAD_S, BEHIND_S, Connection, connections, proxy
 from client.data.dataset import PatientDataset
 from client.data.prepared import read_prepared
 from client.data.site_config import read_source
+from client.people import people_of
 from client.probe import Peer, ProbeError, handshake, reach, resolve
 from shared.errors import ConfigError, FedwardError, ProtocolError
 from shared.kit import Address, Kit, address, day
@@ -319,7 +320,7 @@ def _allowed(
         if plan is None or data is None:
             yield Line("budget", "skipped", "give a plan and its data to see what it would cost")
             return
-        cost = books.consider(plan, books.population(books.opt_out.without(data).patient_ids))
+        cost = books.consider(plan, people_of(folder, config, books, plan))
         yield Line(
             "budget",
             "green",

@@ -5,34 +5,35 @@ from __future__ import annotations
 import functools
 import json
 import time
+from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from client.config import Part, SiteConfig, SiteFolder
-from client.consent import Books
+from client.consent import Books, People
+from client.counting import clamped_cells, counts_of, noisy_counts
 from client.data.dataset import PatientDataset
 from client.data.prepared import read_prepared
 from client.guard import check_sensitivity
 from client.ledger import Charge
 from client.noise import ChaChaRandom
-from client.patients import Population
 from client.secagg import Member, RoundTicket
 from client.share import noisy_integers
 from client.store import Prefixed, RunStore
 from client.training import LocalTrainer
 from shared import plan as plans
 from shared import rfc9162
+from shared.counts import Units, due_counts
 from shared.errors import ConfigError, ProtocolError
 from shared.evidence import Witness, log_leaves
 from shared.identity import Identity
 from shared.messages import decode
-from shared.metrics import score_histogram
 from shared.models import build_model, initial_parameters, input_shape, parameter_spec
 from shared.optimizers import apply_update, initial_state
+from shared.own_noise import alone_multipliers
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
-from shared.privacy import epsilon_of, noise_multiplier_of
+from shared.privacy import Use, costs_of, epsilon_of, noise_multiplier_of
 from shared.secagg.messages import Opening
 from shared.secagg.ring import RingVector
 from shared.study import (
@@ -71,6 +72,7 @@ class SiteRun:
         self.spec = parameter_spec(build_model(plan))
         self.layout = VectorLayout(plan, self.spec.length)
         self.noise_multiplier = noise_multiplier_of(plan)
+        self._costs = costs_of(plan)
         self._session = session_of(plan, run_id, folder.roster(), self.spec.length)
         if self._session.public[config.name] != identity.public:
             raise ConfigError("the roster pins another key for this site than its identity.pem")
@@ -123,9 +125,14 @@ class SiteRun:
         return self._data("train")
 
     @functools.cached_property
-    def _population(self) -> Population:
-        """Whom training draws from: those very records, not what a file holds by now."""
-        return self._books.population(self.train_data.patient_ids)
+    def _people(self) -> People:
+        """Whom the run charges: those very records, not what a file holds by now."""
+        of: dict[Use, PatientDataset] = {}
+        if "training" in self._costs:
+            of["training"] = self.train_data
+        if "evaluation" in self._costs:
+            of["evaluation"] = self.test_data
+        return self._books.people(self.plan, {use: d.patient_ids for use, d in of.items()})
 
     @functools.cached_property
     def test_data(self) -> PatientDataset:
@@ -176,13 +183,14 @@ class SiteRun:
         if ticket.reply is not None:
             return ticket.reply
         started = time.perf_counter()
-        charge = self._reserve(ticket)
+        charges = self._reserve(ticket)
         vector, facts = self._train(ticket.round)
         trained = time.perf_counter()
-        counts = self._evaluate()
+        counts, counted = self._count(ticket.round)
+        facts |= counted
         evaluated = time.perf_counter()
         reply = self.member.masked_input(ticket, self._pack(vector, counts, ticket.round))
-        if charge is not None:
+        for charge in charges:
             self._ledger.release(charge)
         facts |= {
             "round": ticket.round,
@@ -196,27 +204,36 @@ class SiteRun:
     def _trains(self) -> bool:
         return self.state.round_no < self.plan.training.rounds
 
-    def _reserve(self, ticket: RoundTicket) -> Charge | None:
-        training = self.plan.training
-        if self.noise_multiplier is None or training.sample_rate is None or not self._trains():
-            self._books.admit(self.plan, self.run_id, None)
-            return None
-        if "ledger_head" in self.store:
+    def _counts_now(self) -> bool:
+        return due_counts(self.plan, self.state.round_no)
+
+    def _reserve(self, ticket: RoundTicket) -> list[Charge]:
+        """Charge what this round is about to cost, before any patient is touched."""
+        due: dict[Use, bool] = {"training": self._trains(), "evaluation": self._counts_now()}
+        if self._costs and "ledger_head" in self.store:
             self._ledger.require_head(self.store["ledger_head"], f"run {self.run_id}")
-        limit = self._books.admit(self.plan, self.run_id, self._population)
-        charge = Charge(
+        self._books.admit(self.plan, self.run_id, self._people)
+        charges = [self._charge(use, ticket) for use in self._costs if due[use]]
+        for charge in charges:
+            self._ledger.reserve(charge, limit=self._costs[charge.used_for].steps)
+        if charges:
+            self.store["ledger_head"] = self._ledger.head
+        return charges
+
+    def _charge(self, use: Use, ticket: RoundTicket) -> Charge:
+        event = self._costs[use]
+        return Charge(
             run=self.run_id,
             plan_sha256=self.plan.sha256,
             round_no=ticket.round,
             descriptor=ticket.digest.hex(),
-            noise_multiplier=self.noise_multiplier,
-            sample_rate=training.sample_rate,
-            steps=training.local_steps,
-            population=self._population.digest,
+            noise_multiplier=event.noise_multiplier,
+            alone=alone_multipliers(self.plan)[use],
+            sample_rate=event.sample_rate,
+            steps=self.plan.training.local_steps if use == "training" else 1,
+            population=self._people[use].digest,
+            used_for=use,
         )
-        self._ledger.reserve(charge, limit=limit)
-        self.store["ledger_head"] = self._ledger.head
-        return charge
 
     def _train(self, round_no: int) -> tuple[FlatVector, dict[str, object]]:
         """This round's update, or in mode `distributed` its clipped sum, still without noise."""
@@ -226,9 +243,7 @@ class SiteRun:
         result = train(self.state.parameters, self._random, round_no)
         return result.update, {"steps": result.steps}
 
-    def _pack(
-        self, vector: FlatVector, counts: NDArray[np.int64], round_no: int
-    ) -> RingVector | Packed:
+    def _pack(self, vector: FlatVector, counts: Units, round_no: int) -> RingVector | Packed:
         """What is masked: quantised, and in mode `distributed` with this site's share of noise."""
         random = self._random.fresh_child(f"rounding {round_no}")
         if self.layout.share is None:
@@ -238,13 +253,16 @@ class SiteRun:
             return self.layout.pack_integers(np.zeros(len(vector), dtype=np.int64), counts)
         return self.layout.pack_integers(noisy_integers(vector, self.layout.share, random), counts)
 
-    def _evaluate(self) -> NDArray[np.int64]:
-        evaluation, done = self.plan.evaluation, self.state.round_no
-        due = done % evaluation.every == 0 or not self._trains()
-        if evaluation.release == "none" or not due:
-            return np.zeros(self.layout.counts, dtype=np.int64)
-        logits = self.trainer.predict(self.state.parameters, self.test_data.inputs)
-        return score_histogram(logits, self.test_data.labels, evaluation.bins)
+    def _count(self, round_no: int) -> tuple[Units, dict[str, object]]:
+        """The counts of the model that this round starts from, with this site's noise."""
+        noise = self.layout.count_noise
+        if noise is None or not self._counts_now():
+            return np.zeros(self.layout.counts, dtype=np.int64), {}
+        outputs = self.trainer.predict(self.state.parameters, self.test_data.inputs)
+        counts = counts_of(self.plan, self.test_data, outputs, noise)
+        random = self._random.fresh_child(f"counts {round_no}")
+        facts: dict[str, object] = {"clamped_cells": clamped_cells(counts, noise)}
+        return noisy_counts(counts, noise, random), facts
 
     def _log(self, facts: dict[str, object]) -> None:
         file = self._folder.path / "runs" / self.run_id / "rounds.jsonl"
@@ -253,15 +271,10 @@ class SiteRun:
 
     def receipt(self) -> Receipt:
         """What this site holds and charged, at the end of a run."""
-        sigma, rate = self.noise_multiplier or 0.0, self.plan.training.sample_rate or 0.0
-        steps = self._ledger.steps(self.run_id)
-        delta = self.plan.privacy.delta
-        alone = self.layout.share.alone if self.layout.share else sigma
-        spent, own = (
-            (epsilon_of(noise, rate, steps, delta) if noise and delta and steps else 0.0)
-            for noise in (sigma, alone)
-        )
+        spent = {use: self._spent(use) for use in self._costs}
         leaves = log_leaves(self.store.evidence())
+        nothing = _Spent(0, 0.0, 0.0, 0.0, 0.0)
+        training, counts = (spent.get(use, nothing) for use in ("training", "evaluation"))
         return Receipt(
             run_id=self.run_id,
             site=self.config.name,
@@ -269,15 +282,41 @@ class SiteRun:
             model_sha256=self.state.digest(),
             transcript=self.member.transcript,
             rounds=self.state.round_no,
-            steps=steps,
-            epsilon=float(spent),
-            epsilon_alone=float(own),
-            noise_multiplier=float(sigma),
-            sample_rate=float(rate) if sigma else 0.0,
+            steps=training.steps,
+            epsilon=training.epsilon,
+            epsilon_alone=training.alone,
+            noise_multiplier=training.noise_multiplier,
+            sample_rate=training.sample_rate,
+            count_releases=counts.steps,
+            count_noise_multiplier=counts.noise_multiplier,
+            count_epsilon=counts.epsilon,
+            count_epsilon_alone=counts.alone,
             ledger_head=self._ledger.head_of_run(self.run_id),
             log_size=len(leaves),
             log_root=rfc9162.root_of(leaves),
         )
+
+    def _spent(self, use: Use) -> _Spent:
+        event, own = self._costs[use], alone_multipliers(self.plan)[use]
+        steps, rate = self._ledger.steps(self.run_id, use), event.sample_rate
+        delta = self.plan.privacy.promise[1]
+        if use == "evaluation":
+            delta = self.plan.evaluation.delta or delta
+        epsilon, alone = (
+            epsilon_of(sigma, rate, steps, delta) for sigma in (event.noise_multiplier, own)
+        )
+        return _Spent(steps, epsilon, alone, event.noise_multiplier, rate)
+
+
+@dataclass(frozen=True)
+class _Spent:
+    """What a run charged for one use: steps, epsilon, epsilon by the own noise alone, kind."""
+
+    steps: int
+    epsilon: float
+    alone: float
+    noise_multiplier: float
+    sample_rate: float
 
 
 class _Transaction:

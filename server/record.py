@@ -15,6 +15,7 @@ from server.evidence import Spool, along
 from server.results import write_text
 from server.rounds import RoundReport, StudyOutcome
 from server.transport import GridTransport
+from shared.counts import count_kind, count_noise
 from shared.evidence import (
     PLAN_FILE,
     RECEIPTS_FILE,
@@ -26,10 +27,10 @@ from shared.evidence import (
 )
 from shared.identity import Identity
 from shared.messages import decode
-from shared.metrics import binary_metrics
+from shared.metrics import LEVEL, Reading
 from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
-from shared.privacy import GRID, epsilon_of, noise_multiplier_of
+from shared.privacy import GRID, count_promise_of, epsilon_of, noise_multiplier_of
 from shared.secagg.graph import tolerated_dropouts
 from shared.study import Receipt, VectorLayout, state_to_bytes
 
@@ -66,15 +67,24 @@ class EpsilonSoFar:
         return epsilon_of(self._sigma, plan.training.sample_rate, steps, plan.privacy.delta)
 
 
-def metrics_by_round(reports: Sequence[RoundReport]) -> dict[int, dict[str, float]]:
-    """Metrics of the model after each trained round, 0 for the starting point."""
+def readings_by_round(plan: StudyPlan, reports: Sequence[RoundReport]) -> dict[int, Reading]:
+    """What the released counts say of the model after each trained round, 0 for the start."""
     found = {}
     for report in reports:
-        if not report.reason and report.counts.sum() > 0:
-            metrics = binary_metrics(report.counts)
-            metrics["records"] = metrics.pop("count")
-            found[report.model_round] = metrics
+        if not report.reason and len(report.counts):
+            deviation = count_noise(plan).spread(len(report.contributors))
+            reading = count_kind(plan).read(plan, report.counts, deviation)
+            reading.metrics["patients"] = reading.metrics.pop("count")
+            found[report.model_round] = reading
     return found
+
+
+def metrics_by_round(
+    plan: StudyPlan, reports: Sequence[RoundReport]
+) -> dict[int, dict[str, float]]:
+    """The metrics of `readings_by_round`, without their intervals."""
+    readings = readings_by_round(plan, reports)
+    return {finished: reading.metrics for finished, reading in readings.items()}
 
 
 def server_results(
@@ -83,7 +93,8 @@ def server_results(
     """The keys of results.json that the server knows; see server/results.py."""
     spec = parameter_spec(build_model(plan))
     cohort = plan.cohort
-    metrics = metrics_by_round(outcome.reports)
+    readings = readings_by_round(plan, outcome.reports)
+    last = readings.get(plan.training.rounds, Reading({}))
     return {
         "version": version(),
         "plan_sha256": plan.sha256,
@@ -106,22 +117,29 @@ def server_results(
             "clip_range": plan.secure_sum.clip_range,
             "protocol": PROTOCOL_NAME,
         },
-        "rounds": _rounds(plan, outcome.reports, metrics),
-        "final": {"metrics": metrics.get(plan.training.rounds, {})},
+        "rounds": _rounds(plan, outcome.reports, readings),
+        "final": {"metrics": last.metrics, **_intervals(last)},
         "privacy": _privacy(plan, outcome),
         "wire": _wire(transport),
     }
 
 
+def _intervals(reading: Reading) -> dict[str, Any]:
+    """The intervals that the noise on the counts leaves, as results.json has them."""
+    if not reading.intervals:
+        return {}
+    return {"intervals": {name: list(ends) for name, ends in reading.intervals.items()}}
+
+
 def _rounds(
-    plan: StudyPlan, reports: Sequence[RoundReport], metrics: Mapping[int, dict[str, float]]
+    plan: StudyPlan, reports: Sequence[RoundReport], readings: Mapping[int, Reading]
 ) -> list[dict[str, Any]]:
     epsilon, attempts, rounds = EpsilonSoFar(plan), 0, []
     for report in reports:
         if not report.trained:
             continue
         attempts += 1
-        after = report.model_round + 1
+        after = None if report.reason else readings.get(report.model_round + 1)
         rounds.append(
             {
                 "round": report.round_no,
@@ -133,7 +151,8 @@ def _rounds(
                 "bytes_up": report.bytes_up,
                 "bytes_down": report.bytes_down,
                 "epsilon": epsilon.after(attempts),
-                "metrics": metrics.get(after) if not report.reason else None,
+                "metrics": after and after.metrics,
+                **_intervals(after or Reading({})),
             }
         )
     return rounds
@@ -143,7 +162,7 @@ def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
     if plan.privacy.mode == "none":
         return {"mode": "none", "sites": {}}
     epsilon, delta, clip = plan.privacy.promise
-    sites = {}
+    sites: dict[str, dict[str, Any]] = {}
     for name, signed in outcome.receipts.items():
         receipt = decode(Receipt, signed.receipt)
         sites[name] = {
@@ -153,6 +172,13 @@ def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
             "sample_rate": receipt.sample_rate,
             "steps": receipt.steps,
         }
+        if receipt.count_releases:
+            sites[name]["evaluation"] = {
+                "epsilon": receipt.count_epsilon,
+                "epsilon_alone": receipt.count_epsilon_alone,
+                "noise_multiplier": receipt.count_noise_multiplier,
+                "releases": receipt.count_releases,
+            }
     return {
         "mode": plan.privacy.mode,
         "delta": delta,
@@ -162,7 +188,17 @@ def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
         "relation": "add or remove one patient",
         "sampling": "Poisson",
         "sites": sites,
+        **_evaluation(plan),
     }
+
+
+def _evaluation(plan: StudyPlan) -> dict[str, Any]:
+    """What the released counts were to cost the test patients."""
+    promise = count_promise_of(plan)
+    if promise is None:
+        return {}
+    epsilon, delta = promise
+    return {"evaluation": {"target_epsilon": epsilon, "delta": delta, "level": LEVEL}}
 
 
 def _wire(transport: GridTransport) -> dict[str, Any]:

@@ -63,6 +63,7 @@ _METRICS = _table(
         "positives": _AMOUNT,
     },
 )
+_INTERVALS: Rule = {"type": "object", "additionalProperties": {"type": "array", "items": _SHARE}}
 _ROUND = _table(
     {
         "round": _POSITIVE,
@@ -79,6 +80,7 @@ _ROUND = _table(
         "secagg_s": _AMOUNT,
         "epsilon": _AMOUNT,
         "metrics": _METRICS,
+        "intervals": _INTERVALS,
     },
 )
 # `metrics` is on all test patients, `per_site` on each hospital's own, as in `final`.
@@ -86,9 +88,19 @@ _BASELINE = _table(
     {"metrics": _METRICS},
     {"per_site": _by_name(_METRICS), "epsilon": _AMOUNT},
 )
+_SITE_EVALUATION = _table(
+    {"epsilon": _AMOUNT},
+    {"epsilon_alone": _AMOUNT, "noise_multiplier": _AMOUNT, "releases": _COUNT},
+)
 _SITE_PRIVACY = _table(
     {"epsilon": _AMOUNT},
-    {"noise_multiplier": _AMOUNT, "sample_rate": _SHARE, "steps": _COUNT, "patients": _COUNT},
+    {
+        "noise_multiplier": _AMOUNT,
+        "sample_rate": _SHARE,
+        "steps": _COUNT,
+        "patients": _COUNT,
+        "evaluation": _SITE_EVALUATION,
+    },
 )
 _PRIVACY = _table(
     {"mode": _TEXT, "sites": _by_name(_SITE_PRIVACY)},
@@ -99,6 +111,7 @@ _PRIVACY = _table(
         "accountant": _TEXT,
         "relation": _TEXT,
         "sampling": _TEXT,
+        "evaluation": _table({"target_epsilon": _AMOUNT, "delta": _SHARE}, {"level": _SHARE}),
     },
 )
 _PHASE = _table({}, {"messages": _COUNT, "bytes_up": _COUNT, "bytes_down": _COUNT})
@@ -118,6 +131,10 @@ STRUCTURE: Rule = _table(
             {},
             {
                 "metrics": _METRICS,
+                # Where metrics carry noise: of each, the interval of its value without noise.
+                "intervals": _INTERVALS,
+                # Simulations only: the same without noise; what a real study never sees.
+                "exact_metrics": _METRICS,
                 "exact": {"type": "boolean"},
                 "per_site": _by_name(_METRICS),
             },

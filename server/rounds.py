@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from server.evidence import NoRecord, Recorder
 from server.secagg import Relay
+from shared.counts import due_counts
 from shared.errors import CohortError, ProtocolError
 from shared.evidence import Witness
 from shared.identity import verify
@@ -71,7 +72,8 @@ class RoundReport:
         contributors: Sites in the sum; empty when the round aborted.
         dropped: Sites of the cohort that are not in the sum.
         reason: Why the round aborted, or "".
-        counts: Summed evaluation counts of the model that the round started from.
+        counts: Summed counts of test patients, of the model that the round started from; float64,
+            in patients, noise included. Empty unless the plan releases them in this round.
     """
 
     round_no: int
@@ -81,7 +83,7 @@ class RoundReport:
     contributors: tuple[str, ...]
     dropped: tuple[str, ...]
     reason: str
-    counts: NDArray[np.int64]
+    counts: NDArray[np.float64]
     wall_s: float
     inputs_s: float
     bytes_up: int
@@ -222,7 +224,7 @@ class Study:
         for record in self._relay.batch_records:
             self.recorder.keep(record)
         cohort = self._relay.cohort
-        reason, counts, inputs_s = "", np.zeros(0, dtype=np.int64), 0.0
+        reason, counts, inputs_s = "", np.zeros(0), 0.0
         contributors: tuple[str, ...] = ()
         try:
             inputs_s = self._collect(openings)
@@ -232,7 +234,7 @@ class Study:
             if trained:
                 update = self._layout.update_of(total, contributors)
                 self.state = apply_update(self.plan.optimizer, self.state, update)
-            counts = self._counts(total)
+            counts = self._counts(total, model_round)
         except ProtocolError as error:
             reason = str(error)
             result = self._relay.abort(reason)
@@ -256,12 +258,14 @@ class Study:
             bytes_down=self.transport.bytes_down - down,
         )
 
-    def _counts(self, total: NDArray[np.uint32]) -> NDArray[np.int64]:
-        """The evaluation counts; none where some site sent more than it may."""
+    def _counts(self, total: NDArray[np.uint32], model_round: int) -> NDArray[np.float64]:
+        """The counts; none where they are not due, or some site sent more than it may."""
+        if not due_counts(self.plan, model_round):
+            return np.zeros(0)
         try:
             return self._layout.counts_of(total)
         except ProtocolError:
-            return np.zeros(0, dtype=np.int64)
+            return np.zeros(0)
 
     def _refill(self, present: tuple[str, ...]) -> None:
         """Ask for new prekeys apart from rounds, where the refill within rounds did not do."""

@@ -1,11 +1,29 @@
-"""Metrics of a binary classifier from summed histograms of its scores.
+"""Metrics of a binary classifier from summed histograms of its scores, and what noise does to them.
 
-A site counts its test patients' scores per bin and class; the counts travel inside the secure
-sum; every metric is computed from the sums. AUROC is the Mann-Whitney statistic with ties inside
-a bin counted one half; with the default 256 bins it is within 0.005 of the exact one.
+A site counts its test patients' scores per class and bin, a patient's records sharing the weight
+of one; the counts travel inside the secure sum; every metric is computed from the sums. AUROC is
+the Mann-Whitney statistic with ties inside a bin counted one half; with 256 bins it is within
+0.005 of the exact one.
+
+Where the counts carry noise of known spread, each metric comes with the interval of the values
+that the same counts could have had without it. Sampling of test patients is not in it.
+
+recall, precision, F1, accuracy, specificity, Brier   Fieller's interval: each is the ratio of two
+    linear sums, and "numerator - r denominator" is normal with known spread at the true r
+balanced accuracy   MOVER: from the intervals of its two halves, which share no cell
+AUROC               the same idea: sum over bins of positives times (negatives below - r negatives)
+    has mean 0 at the true r, and a variance that is estimated without bias from the noisy counts
+calibration error   the triangle inequality, and concentration of a sum of normal magnitudes;
+    holds at least as often as stated
+
+Sources: Fieller, JRSS B 16 (1954); Zou and Donner, Statistics in Medicine 27 (2008), for MOVER;
+Boucheron, Lugosi, Massart, "Concentration Inequalities" (2013), theorem 5.6.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,36 +31,65 @@ from numpy.typing import NDArray
 from shared.errors import ConfigError
 
 Counts = NDArray[np.int64]
+Reals = NDArray[np.float64]
+Interval = tuple[float, float]
+
+LEVEL = 0.95
+_Z = 1.959964  # of LEVEL, two-sided
+_AREAS = np.linspace(0.0, 1.0, 2001)
 
 
-def score_histogram(logits: NDArray[np.float32], labels: Counts, bins: int) -> Counts:
+@dataclass(frozen=True)
+class Reading:
+    """What summed counts say: metrics, and where noise hides them, their intervals at `LEVEL`.
+
+    A metric that is undefined (one class only, or counts that are noise alone) is left out.
+    """
+
+    metrics: dict[str, float]
+    intervals: dict[str, Interval] = field(default_factory=dict)
+
+
+def score_histogram(
+    logits: NDArray[np.float32], labels: Counts, bins: int, weights: Counts | None = None
+) -> Counts:
     """Count scores per class and bin.
 
     Args:
         logits: float32, shape (n,); a NaN counts as 0, that is, undecided.
         labels: int64, shape (n,), 0 or 1.
         bins: Even number of bins; the middle edge lies at probability 1/2.
+        weights: int64, shape (n,), what each record counts; 1 where left out.
 
     Returns:
         int64, shape (2 * bins,): the negatives' bins, then the positives'.
     """
     safe = np.nan_to_num(logits.astype(np.float64), nan=0.0)
     index = np.searchsorted(_edges(bins), safe, side="right")
-    return np.bincount(labels * bins + index, minlength=2 * bins).astype(np.int64)
+    # Sums of whole numbers below 2^53 are exact in float64.
+    return np.bincount(labels * bins + index, weights=weights, minlength=2 * bins).astype(np.int64)
 
 
-def _edges(bins: int) -> NDArray[np.float64]:
+def _edges(bins: int) -> Reals:
     """Inner edges over logits: fine near 0, where weak models score, coarse in the tails."""
     spread = np.linspace(-1, 1, bins + 1)[1:-1]
-    edges: NDArray[np.float64] = np.sinh(6 * spread) / np.sinh(6) * 20
+    edges: Reals = np.sinh(6 * spread) / np.sinh(6) * 20
     return edges
 
 
-def binary_metrics(counts: Counts) -> dict[str, float]:
-    """AUROC and threshold metrics (at probability 1/2) from a summed score histogram.
+def _probabilities(bins: int) -> Reals:
+    """The score that stands for each bin: its middle."""
+    edges = _edges(bins)
+    middle = (np.concatenate([[edges[0]], edges]) + np.concatenate([edges, [edges[-1]]])) / 2
+    scores: Reals = 1 / (1 + np.exp(-middle))
+    return scores
+
+
+def binary_metrics(counts: Counts | Reals) -> dict[str, float]:
+    """AUROC and threshold metrics (at probability 1/2) from a summed score histogram without noise.
 
     Args:
-        counts: int64, shape (2 * bins,), as `score_histogram` gives, or a sum of such.
+        counts: Shape (2 * bins,), as `score_histogram` gives, or a sum of such.
 
     Returns:
         auroc, accuracy, balanced_accuracy, recall, specificity, precision, f1, brier, ece,
@@ -51,38 +98,136 @@ def binary_metrics(counts: Counts) -> dict[str, float]:
     Raises:
         ConfigError: no patient was counted.
     """
-    negatives, positives = counts.reshape(2, -1).astype(np.float64)
-    n0, n1 = float(negatives.sum()), float(positives.sum())
-    if n0 + n1 == 0:
+    if not counts.sum() > 0:
         raise ConfigError("no test patient was counted; give at least one site a test part")
-    half = len(negatives) // 2
-    tn, fn = float(negatives[:half].sum()), float(positives[:half].sum())
-    fp, tp = n0 - tn, n1 - fn
-    metrics = {"accuracy": (tp + tn) / (n0 + n1), "count": n0 + n1}
-    metrics |= _calibration(negatives, positives)
-    if n1 > 0:
-        metrics["recall"] = tp / n1
-        metrics["f1"] = 2 * tp / (2 * tp + fp + fn)
-    if tp + fp > 0:
-        metrics["precision"] = tp / (tp + fp)
-    if n0 > 0:
-        metrics["specificity"] = tn / n0
-    if n0 > 0 and n1 > 0:
-        metrics["balanced_accuracy"] = (tp / n1 + tn / n0) / 2
-        below = np.cumsum(negatives) - negatives
-        metrics["auroc"] = float((positives * (below + negatives / 2)).sum() / (n0 * n1))
-    return metrics
+    return read_binary(counts.astype(np.float64), 0.0).metrics
 
 
-def _calibration(
-    negatives: NDArray[np.float64], positives: NDArray[np.float64]
-) -> dict[str, float]:
-    """Brier score and expected calibration error (ten equal bins) at the bins' mid scores."""
-    edges = _edges(len(negatives))
-    middle = (np.concatenate([[edges[0]], edges]) + np.concatenate([edges, [edges[-1]]])) / 2
-    probability = 1 / (1 + np.exp(-middle))
-    total = negatives + positives
-    brier = (positives * (1 - probability) ** 2 + negatives * probability**2).sum() / total.sum()
-    tenth = np.minimum((probability * 10).astype(np.int64), 9)
-    gap = np.bincount(tenth, weights=positives - total * probability, minlength=10)
-    return {"brier": float(brier), "ece": float(np.abs(gap).sum() / total.sum())}
+def read_binary(counts: Reals, deviation: float) -> Reading:
+    """The metrics of a summed score histogram whose every cell carries independent normal noise.
+
+    Args:
+        counts: float64, shape (2 * bins,), in patients; noise may make them negative.
+        deviation: Standard deviation of a cell's noise, in patients; 0 gives no intervals.
+
+    Returns:
+        Metrics as in `binary_metrics`, within [0, 1], and an interval for each.
+    """
+    forms = _Forms(counts.reshape(2, -1), deviation)
+    found = {name: forms.ratio(*parts) for name, parts in forms.ratios().items()}
+    found |= {"balanced_accuracy": forms.balanced(found.get("recall"), found.get("specificity"))}
+    found |= {"auroc": forms.auroc(), "ece": forms.calibration()}
+    known = {name: value for name, value in found.items() if value is not None}
+    metrics = {name: point for name, (point, _) in known.items()}
+    metrics["count"] = max(float(counts.sum()), 0.0)
+    return Reading(
+        metrics, {n: interval for n, (_, interval) in known.items()} if deviation else {}
+    )
+
+
+_Known = tuple[float, Interval]
+
+
+class _Forms:
+    """Linear and bilinear forms of one noisy histogram, shape (2, bins): negatives, positives."""
+
+    def __init__(self, table: Reals, deviation: float) -> None:
+        self._table, self._variance = table, deviation**2
+        self._bins = table.shape[1]
+        self._score = _probabilities(self._bins)
+
+    def ratios(self) -> dict[str, tuple[Reals, Reals]]:
+        """Numerator and denominator of each ratio, as weights of the cells."""
+        low = np.arange(self._bins) < self._bins // 2
+        none, all_ = np.zeros(self._bins), np.ones(self._bins)
+        everyone = np.stack([all_, all_])
+        tp, fp = np.stack([none, 1.0 * ~low]), np.stack([1.0 * ~low, none])
+        tn, fn = np.stack([1.0 * low, none]), np.stack([none, 1.0 * low])
+        squares = np.stack([self._score**2, (1 - self._score) ** 2])
+        return {
+            "accuracy": (tp + tn, everyone),
+            "recall": (tp, tp + fn),
+            "specificity": (tn, tn + fp),
+            "precision": (tp, tp + fp),
+            "f1": (2 * tp, 2 * tp + fp + fn),
+            "brier": (squares, everyone),
+        }
+
+    def ratio(self, over: Reals, under: Reals) -> _Known | None:
+        """A ratio of two linear sums, by Fieller; None where the denominator is not above 0."""
+        a, b = float((over * self._table).sum()), float((under * self._table).sum())
+        if b <= 0:
+            return None
+        slack = _Z**2 * self._variance
+        square = b * b - slack * float((under**2).sum())
+        point = _share(a / b)
+        if square <= 0:
+            return point, (0.0, 1.0)
+        middle = (a * b - slack * float((over * under).sum())) / square
+        rest = (a * a - slack * float((over**2).sum())) / square
+        half = math.sqrt(max(middle * middle - rest, 0.0))
+        return point, (_share(middle - half), _share(middle + half))
+
+    def balanced(self, recall: _Known | None, specificity: _Known | None) -> _Known | None:
+        """The mean of recall and specificity."""
+        if recall is None or specificity is None:
+            return None
+        halves = (recall, specificity)
+        point = sum(value for value, _ in halves) / 2
+        below = math.hypot(*(value - low for value, (low, _) in halves)) / 2
+        above = math.hypot(*(high - value for value, (_, high) in halves)) / 2
+        return point, (_share(point - below), _share(point + above))
+
+    def auroc(self) -> _Known | None:
+        """The area under the curve; None where one class was not seen."""
+        negatives, positives = self._table
+        pairs = float(negatives.sum() * positives.sum())
+        if negatives.sum() <= 0 or positives.sum() <= 0:
+            return None
+        wins = np.tril(np.ones((self._bins, self._bins)), -1) + 0.5 * np.eye(self._bins)
+        point = _share(float(positives @ wins @ negatives) / pairs)
+        if not self._variance:
+            return point, (point, point)
+        inside = _AREAS[self._may_be(wins)]
+        low, high = (float(inside[0]), float(inside[-1])) if len(inside) else (point, point)
+        return point, (min(low, point), max(high, point))
+
+    def _may_be(self, wins: Reals) -> NDArray[np.bool_]:
+        """Which of `_AREAS` the counts without noise may have: |form| <= z deviations."""
+        negatives, positives = self._table
+        below, above = wins @ negatives, positives @ wins
+        size = wins.size * (_AREAS - 0.5) ** 2 + float(((wins - 0.5) ** 2).sum())
+        moved = self._bins * (negatives.sum() * _AREAS) ** 2 + float((below**2).sum())
+        moved += self._bins * (positives.sum() * _AREAS) ** 2 + float((above**2).sum())
+        moved -= 2 * _AREAS * float(negatives.sum() * below.sum() + positives.sum() * above.sum())
+        form = float(positives @ below) - _AREAS * float(negatives.sum() * positives.sum())
+        least = self._variance**2 * size
+        inside: NDArray[np.bool_] = form**2 <= _Z**2 * np.maximum(
+            self._variance * moved - least, least
+        )
+        return inside
+
+    def calibration(self) -> _Known | None:
+        """Expected calibration error over ten equal bins of the score."""
+        negatives, positives = self._table
+        total = float(self._table.sum())
+        if total <= 0:
+            return None
+        tenth = np.minimum((self._score * 10).astype(np.int64), 9)
+        gaps = positives * (1 - self._score) - negatives * self._score
+        weights = (1 - self._score) ** 2 + self._score**2
+        gap = np.bincount(tenth, weights=gaps, minlength=10)
+        noise = self._variance * np.bincount(tenth, weights=weights, minlength=10)
+        point = float(np.sqrt(np.maximum(gap**2 - noise, 0.0)).sum())
+        # Each of the two bounds below fails with chance 1/40 at most.
+        reach = math.sqrt(2 / math.pi) * float(np.sqrt(noise).sum())
+        reach += math.sqrt(2 * math.log(40) * float(noise.sum()))
+        doubt = 2.2414 * math.sqrt(self._variance * self._table.size)
+        size = float(np.abs(gap).sum())
+        low = max(size - reach, 0.0) / (total + doubt)
+        high = (size + reach) / (total - doubt) if total > doubt else 1.0
+        return _share(point / total), (_share(low), _share(high))
+
+
+def _share(value: float) -> float:
+    return min(max(value, 0.0), 1.0)

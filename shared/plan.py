@@ -312,18 +312,51 @@ class SecureSumPlan:
 
 @dataclass(frozen=True)
 class EvaluationPlan:
-    """Which counts about test patients travel inside the sum.
+    """Which counts about test patients travel inside the sum, and what they may cost them.
 
-    `exact` histograms of scores are for simulations only, and are refused by every real site.
+    `noised` histograms of scores carry noise for (epsilon, delta) over all their releases; the
+    test patients pay it. delta is the study's where it is left out. `noise_multiplier` is normally
+    left out, too, and calibrated. `exact` histograms are for simulations only, and are refused by
+    every real site. The model is evaluated after every `every` rounds and at the end; 0 is the end
+    alone. `bins` is per class; few bins carry little noise, many resolve the curve.
     """
 
-    release: Literal["none", "exact"] = "none"
+    release: Literal["none", "noised", "exact"] = "none"
     every: int = 1
     bins: int = 256
+    epsilon: float | None = None
+    delta: float | None = None
+    noise_multiplier: float | None = None
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, f"every is {self.every}; 1 or more")
+        require(self.every >= 0, f"every is {self.every}; 0 (at the end alone) or more")
         require(8 <= self.bins <= 4096, f"bins is {self.bins}; valid: 8 to 4096")
+        require(self.bins % 2 == 0, f"bins is {self.bins}; it must be even: half lie below 1/2")
+        noised = self.release == "noised"
+        require(not noised or self.epsilon is not None, "release 'noised' needs epsilon")
+        for name in ("epsilon", "delta", "noise_multiplier"):
+            value = getattr(self, name)
+            require(
+                noised or value is None, f"{name} is for release 'noised'; here nothing has noise"
+            )
+            require(value is None or value > 0, f"{name} must be above 0")
+        require(self.delta is None or self.delta <= 1e-2, "delta must be at most 0.01")
+
+    def is_due(self, finished: int, rounds: int) -> bool:
+        """Whether the model after `finished` of `rounds` rounds is evaluated.
+
+        The starting point is not worth a patient's budget; without noise it is shown, too.
+        """
+        if self.release == "none":
+            return False
+        if finished >= rounds:
+            return True
+        first = finished == 0 and self.release == "noised"
+        return self.every > 0 and finished % self.every == 0 and not first
+
+    def releases(self, rounds: int) -> int:
+        """How many models of a study are evaluated."""
+        return sum(self.is_due(finished, rounds) for finished in range(rounds + 1))
 
 
 @dataclass(frozen=True)
@@ -378,6 +411,10 @@ class StudyPlan:
                 (training.sample_rate is None) != (training.batch_size is None),
                 "training: give either sample_rate or batch_size",
             )
+        require(
+            private or self.evaluation.release != "noised",
+            "evaluation: release 'noised' needs a private mode, which says who adds the noise",
+        )
         require(
             (self.optimizer.name == "fedprox") == (training.proximal_mu > 0),
             "training: proximal_mu above 0 goes with optimizer name 'fedprox', and only with it",

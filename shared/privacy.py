@@ -22,7 +22,7 @@ Feldman and Zrnic, "Individual Privacy Accounting via a Rényi Filter", NeurIPS 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -38,6 +38,9 @@ from shared.plan import StudyPlan
 GRID = 1e-3
 _LARGEST_MULTIPLIER = 100_000.0
 _SPARE_ORDERS = (2.0, 3.0, 5.0, 8.0, 12.0, 20.0, 32.0, 64.0)
+
+Use = Literal["training", "evaluation", "statistics"]
+"""What a charge is for; each has patients of its own."""
 
 Kinds = tuple[tuple[float, float, int], ...]
 """(noise multiplier, sample rate, steps), merged and sorted: what a composition depends on."""
@@ -226,8 +229,14 @@ def noise_multiplier_of(plan: StudyPlan) -> float | None:
     if plan.privacy.mode == "none":
         return None
     epsilon, delta, _ = plan.privacy.promise
-    rate, steps = _sample_rate(plan), steps_of(plan)
     given = plan.privacy.noise_multiplier
+    return _calibrated(given, epsilon, delta, _sample_rate(plan), steps_of(plan))
+
+
+def _calibrated(
+    given: float | None, epsilon: float, delta: float, rate: float, steps: int
+) -> float:
+    """The multiplier that keeps a promise: the stated one if it does, else the least."""
     if given is None:
         return calibrate(epsilon, delta, rate, steps)
     cost = epsilon_of(given, rate, steps, delta)
@@ -238,6 +247,49 @@ def noise_multiplier_of(plan: StudyPlan) -> float | None:
             f"{calibrate(epsilon, delta, rate, steps):g}, or leave it out."
         )
     return given
+
+
+def count_releases_of(plan: StudyPlan) -> int:
+    """Noisy releases of counts that their promise covers, spare rounds included.
+
+    A release whose round aborts is drawn anew and costs again, as training does.
+    """
+    return plan.evaluation.releases(plan.training.rounds) + plan.training.spare_rounds
+
+
+def count_promise_of(plan: StudyPlan) -> tuple[float, float] | None:
+    """(epsilon, delta) of the released counts of test patients; None where none has noise."""
+    evaluation = plan.evaluation
+    if evaluation.release != "noised" or evaluation.epsilon is None:
+        return None
+    return evaluation.epsilon, evaluation.delta or plan.privacy.promise[1]
+
+
+def count_noise_multiplier(plan: StudyPlan) -> float | None:
+    """Noise over sensitivity of each release of counts; None where none has noise.
+
+    Raises:
+        ConfigError: the plan states a multiplier that breaks its own promise.
+    """
+    promise = count_promise_of(plan)
+    if promise is None:
+        return None
+    return _calibrated(plan.evaluation.noise_multiplier, *promise, 1.0, count_releases_of(plan))
+
+
+@lru_cache(maxsize=256)
+def costs_of(plan: StudyPlan) -> Mapping[Use, PrivacyEvent]:
+    """All that a plan may cost a patient, by what it is charged for; empty where privacy is off.
+
+    Training draws patients by the sample rate; a release of counts takes every test patient.
+    """
+    costs: dict[Use, PrivacyEvent] = {}
+    sigma, counts = noise_multiplier_of(plan), count_noise_multiplier(plan)
+    if sigma is not None:
+        costs["training"] = PrivacyEvent(sigma, _sample_rate(plan), steps_of(plan))
+    if counts is not None:
+        costs["evaluation"] = PrivacyEvent(counts, 1.0, count_releases_of(plan))
+    return costs
 
 
 def describe(plan: StudyPlan) -> str:
@@ -258,6 +310,20 @@ def describe(plan: StudyPlan) -> str:
         f"independently with rate {rate:g} (Poisson), clips a patient's gradient to norm "
         f"{clip:g}, and adds Gaussian noise of {sigma:g} times that norm. A patient of k sites "
         f"has k times the sensitivity. Accountant: dp-accounting, PLD, grid {GRID:g}."
+        f"{_describe_counts(plan)}"
+    )
+
+
+def _describe_counts(plan: StudyPlan) -> str:
+    promise, sigma = count_promise_of(plan), count_noise_multiplier(plan)
+    if promise is None or sigma is None:
+        return ""
+    releases, delta = count_releases_of(plan), promise[1]
+    return (
+        f" Test patients pay for the histograms of their scores: "
+        f"({epsilon_of(sigma, 1.0, releases, delta):.3f}, {delta:g}) over {releases} release(s), "
+        f"each with Gaussian noise of {sigma:g} times what one patient weighs in all its "
+        "histograms together."
     )
 
 

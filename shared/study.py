@@ -21,6 +21,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.counts import CountNoise, Units, count_kind, count_noise
 from shared.distributed import NoiseShare, divisor, noise_share
 from shared.errors import ProtocolError
 from shared.messages import U8, U32, U64, Blob, Fixed, Many, Maybe, Real, Text, message
@@ -30,9 +31,6 @@ from shared.plan import StudyPlan
 from shared.secagg.graph import mask_degree
 from shared.secagg.ring import Quantised, Ring, RingVector
 from shared.secagg.session import Session
-
-MAX_TEST_PATIENTS = 1_000_000
-"""Test patients that one site may count in one bin."""
 
 MAX_RESULTS = 1024
 """Published results that one request may carry to a site that was away."""
@@ -123,6 +121,7 @@ class Receipt:
     a patient. `epsilon`, `noise_multiplier` and `sample_rate` are 0 where privacy is off.
     `epsilon_alone` is what this site's own noise guarantees if all others side with the server:
     the same as `epsilon` in mode `local`, larger in mode `distributed`.
+    The four `count` figures are those of released counts of test patients, 0 where there are none.
     `ledger_head` is the link of the site's ledger that ended this run: kept by others, it shows
     later whether the ledger was replaced by an older copy.
     `log_size` and `log_root` are the rounds' log (shared/evidence.py) as this site holds it: all
@@ -141,6 +140,10 @@ class Receipt:
     epsilon_alone: Annotated[float, Real()]
     noise_multiplier: Annotated[float, Real()]
     sample_rate: Annotated[float, Real()]
+    count_releases: Annotated[int, U32]
+    count_noise_multiplier: Annotated[float, Real()]
+    count_epsilon: Annotated[float, Real()]
+    count_epsilon_alone: Annotated[float, Real()]
     ledger_head: Annotated[bytes, Fixed(32)]
     log_size: Annotated[int, U32]
     log_root: Annotated[bytes, Fixed(32)]
@@ -177,29 +180,52 @@ class VectorLayout:
 
     @property
     def counts(self) -> int:
-        """Evaluation counts in the vector: a histogram of scores for each class, or none."""
-        return 2 * self.plan.evaluation.bins if self.plan.evaluation.release != "none" else 0
+        """Counts in the vector: the cells of one release, or none."""
+        return 0 if self.count_noise is None else count_kind(self.plan).cells(self.plan)
+
+    @cached_property
+    def count_noise(self) -> CountNoise | None:
+        """Unit and noise of the counts; None where none are released."""
+        return count_noise(self.plan) if self.plan.evaluation.release != "none" else None
+
+    @property
+    def _exact(self) -> bool:
+        return self.count_noise is not None and not self.count_noise.deviation
 
     @cached_property
     def length(self) -> int:
         """Coordinates of the whole vector."""
-        return self.parameters + self.counts * self.ring.lanes(MAX_TEST_PATIENTS)
+        lanes = self.ring.lanes(self._most) if self._exact else 1
+        return self.parameters + self.counts * lanes
 
-    def pack(
-        self, update: FlatVector, weight: float, counts: NDArray[np.int64], key: bytes
-    ) -> Packed:
+    @property
+    def _most(self) -> int:
+        return self.count_noise.clamp if self.count_noise else 1
+
+    def pack(self, update: FlatVector, weight: float, counts: Units, key: bytes) -> Packed:
         """The vector of one site, quantised while it is masked.
 
         Args:
             update: float32, shape (parameters,).
             weight: The site's public weight, in (0, 1].
-            counts: int64, shape (counts,).
+            counts: int64, shape (counts,), in units, noise included.
             key: 32 secret bytes for the rounding, used for this vector alone.
         """
         clip = self.plan.secure_sum.clip_range
         body = Quantised(update, self.ring, clip_range=clip, key=key, weight=weight)
-        lanes = self.ring.counts_to_lanes(counts, max_count=MAX_TEST_PATIENTS)
-        return Packed(body, lanes)
+        return Packed(body, self._tail(counts))
+
+    def _tail(self, counts: Units) -> RingVector:
+        """Exact counts as digits, which no server can make wrap; noisy ones as they are.
+
+        Digits of noisy counts would be summed each by itself, and so say more than the sum.
+        """
+        if self._exact:
+            return self.ring.counts_to_lanes(counts, max_count=self._most)
+        return self._reduced(counts)
+
+    def _reduced(self, integers: Units) -> RingVector:
+        return (integers & int(self.ring.modulus_mask)).astype(np.uint32)
 
     @cached_property
     def share(self) -> NoiseShare | None:
@@ -208,16 +234,14 @@ class VectorLayout:
             return None
         return noise_share(self.plan, self.parameters)
 
-    def pack_integers(self, sums: NDArray[np.int64], counts: NDArray[np.int64]) -> RingVector:
+    def pack_integers(self, sums: Units, counts: Units) -> RingVector:
         """The vector of one site in mode `distributed`: noisy integers, reduced into the ring.
 
         Args:
             sums: int64, shape (parameters,), in ring units, noise included.
-            counts: int64, shape (counts,).
+            counts: int64, shape (counts,), in units, noise included.
         """
-        body = (sums & int(self.ring.modulus_mask)).astype(np.uint32)
-        lanes = self.ring.counts_to_lanes(counts, max_count=MAX_TEST_PATIENTS)
-        return np.concatenate([body, lanes])
+        return np.concatenate([self._reduced(sums), self._tail(counts)])
 
     def update_of(self, total: RingVector, contributors: tuple[str, ...]) -> FlatVector:
         """The update that a published sum stands for.
@@ -242,13 +266,18 @@ class VectorLayout:
         weight = sum(self.plan.cohort.weight(name) for name in sorted(contributors))
         return (summed / np.float32(weight)).astype(np.float32, copy=False)
 
-    def counts_of(self, total: RingVector) -> NDArray[np.int64]:
-        """The summed evaluation counts of a published sum: int64, shape (counts,).
+    def counts_of(self, total: RingVector) -> NDArray[np.float64]:
+        """The summed counts of a published sum, in patients: float64, shape (counts,).
 
         Raises:
-            ProtocolError: a count is larger than honest sites can make it.
+            ProtocolError: an exact count is larger than honest sites can make it.
         """
-        return self.ring.lanes_to_counts(total[self.parameters :], max_count=MAX_TEST_PATIENTS)
+        tail = total[self.parameters :]
+        if self.count_noise is None:
+            return np.zeros(0)
+        if self._exact:
+            return self.ring.lanes_to_counts(tail, max_count=self._most) / self.count_noise.unit
+        return self.ring.signed(tail) / np.float64(self.count_noise.unit)
 
 
 class Packed:

@@ -15,12 +15,15 @@ import numpy as np
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
+from shared.counts import EXACT_UNIT, Units, record_weights
 from shared.metrics import binary_metrics, score_histogram
 from shared.models import initial_parameters
 from shared.parameters import FlatVector
-from shared.plan import PrivacyPlan, SitePlan, StudyPlan
+from shared.plan import EvaluationPlan, PrivacyPlan, SitePlan, StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
 from simulations.hospitals import Hospital
+
+EXACT_BINS = 256
 
 
 def pool(parts: Sequence[PatientDataset]) -> PatientDataset:
@@ -75,7 +78,8 @@ def _local(
 
 
 def _without_privacy(plan: StudyPlan) -> StudyPlan:
-    return replace(plan, privacy=PrivacyPlan(mode="none"))
+    evaluation = EvaluationPlan(release="exact", bins=exact_bins(plan))
+    return replace(plan, privacy=PrivacyPlan(mode="none"), evaluation=evaluation)
 
 
 def _train(
@@ -98,12 +102,26 @@ def _train(
     return model
 
 
+def exact_bins(plan: StudyPlan) -> int:
+    """Bins of histograms without noise: noise asks for few, exact metrics for many."""
+    return plan.evaluation.bins if plan.evaluation.release == "exact" else EXACT_BINS
+
+
 def evaluate(
     plan: StudyPlan, model: FlatVector, test: PatientDataset, device: str
 ) -> dict[str, float]:
-    """Exact metrics of a model on test records, from the histograms that a study sums."""
-    trainer = LocalTrainer(_without_privacy(plan), plan.cohort.names[0], test, None, device=device)
-    logits = trainer.predict(model, test.inputs)
-    metrics = binary_metrics(score_histogram(logits, test.labels, plan.evaluation.bins))
+    """Exact metrics of a model on test patients, from the histograms that a study sums."""
+    counts = exact_counts(plan, model, test, device, exact_bins(plan))
+    metrics = binary_metrics(counts / EXACT_UNIT)
     metrics.pop("count")
     return metrics
+
+
+def exact_counts(
+    plan: StudyPlan, model: FlatVector, test: PatientDataset, device: str, bins: int
+) -> Units:
+    """The score histogram of test patients, in units of 1 / EXACT_UNIT patients."""
+    trainer = LocalTrainer(_without_privacy(plan), plan.cohort.names[0], test, None, device=device)
+    logits = trainer.predict(model, test.inputs)
+    weights = record_weights(test.patients, EXACT_UNIT)
+    return score_histogram(logits, test.labels, bins, weights)

@@ -170,7 +170,7 @@ def _observer(plan: StudyPlan, progress: Progress) -> Observer:
         attempts += report.trained
         progress.update(
             report.model_round + (1 if report.trained and not report.reason else 0),
-            metrics=metrics_by_round([report]).get(report.model_round),
+            metrics=metrics_by_round(plan, [report]).get(report.model_round),
             epsilon=epsilon.after(attempts),
             dropped=report.dropped,
             aborted=bool(report.reason),

@@ -33,7 +33,7 @@ from shared.models import build_model, parameter_spec
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import noise_multiplier_of
-from simulations.baselines import evaluate, train_baselines
+from simulations.baselines import evaluate, pool, train_baselines
 from simulations.engines import run_in_process, run_on_ray
 from simulations.grid import FaultHook, no_faults
 from simulations.hospitals import Hospital, load_hospitals
@@ -49,6 +49,11 @@ SMALL_MODEL = 200_000
 EXACT_WARNING = (
     "Metrics are exact, without noise: allowed because these hospitals are simulated. Counts, "
     "per-site figures and curves like these never leave a real site."
+)
+
+PER_SITE_WARNING = (
+    "Figures of single hospitals, and those marked exact, are without noise: allowed because these "
+    "hospitals are simulated. A real study sees the metrics of all test patients together alone."
 )
 
 
@@ -211,6 +216,7 @@ def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
 
 def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     scenario, plan, simulation = run.scenario, run.plan, run.scenario.simulation
+    exact = plan.evaluation.release == "exact"
     fields = server_results(plan, done.outcome, done.transport)
     logs = [_site_log(folder, done.run_id) for folder in done.folders.values()]
     _add_times(fields["rounds"], logs, parallel=run.options.engine == "ray")
@@ -228,11 +234,17 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
         "started": f"{done.started:%Y-%m-%dT%H:%M:%SZ}",
         "wall_s": done.wall_s,
         "data": {"source": simulation.source} | asdict(_ORIGINS[simulation.source]),
-        "warnings": [EXACT_WARNING],
+        "warnings": [EXACT_WARNING if exact else PER_SITE_WARNING],
     }
+    parameters = done.outcome.state.parameters
     tested = float(sum(h.test.patient_count for h in run.hospitals))
-    fields["final"]["metrics"] |= {"patients": tested}
-    fields["final"] |= {"exact": True, "per_site": _per_site(run, done.outcome.state.parameters)}
+    everyone = pool([h.test for h in run.hospitals])
+    if exact:
+        fields["final"]["metrics"] |= {"patients": tested}
+    else:
+        metrics = evaluate(plan, parameters, everyone, run.options.device)
+        fields["final"]["exact_metrics"] = metrics | {"patients": tested}
+    fields["final"] |= {"exact": exact, "per_site": _per_site(run, parameters)}
     if run.options.baselines:
         fields["baselines"] = train_baselines(
             plan, run.hospitals, simulation.seed, run.options.device

@@ -12,8 +12,9 @@ from client.data.prepared import write_prepared
 from client.noise import simulation_key
 from client.policy import DAYS, FILE_NAME, SCHEMA
 from shared.identity import Identity, fingerprint
+from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
-from shared.privacy import noise_multiplier_of
+from shared.privacy import Use, costs_of, count_promise_of, epsilon_of
 from simulations.hospitals import Hospital
 
 
@@ -52,20 +53,29 @@ def write_sites(
 def _approve(folder: SiteFolder, plan: StudyPlan, hospital: Hospital) -> None:
     """The officer's part: the budget and the policy decide as at a real site."""
     with closing(folder.books(folder.config(), folder.identity())) as books:
-        books.approve(plan, books.population(hospital.train.patient_ids))
+        ids: dict[Use, tuple[str, ...]] = {
+            "training": hospital.train.patient_ids,
+            "evaluation": hospital.test.patient_ids,
+        }
+        books.approve(plan, books.people(plan, ids))
 
 
 def _policy(plan: StudyPlan, roster: Mapping[str, bytes]) -> str:
     """A policy that allows this plan and nothing beyond."""
-    private = plan.privacy.mode != "none"
-    epsilon, delta, clip = plan.privacy.promise if private else (1e-3, 1e-9, 1e-3)
+    epsilon, delta, clip = plan.privacy.promise if costs_of(plan) else (1e-3, 1e-9, 1e-3)
+    if counted := count_promise_of(plan):
+        epsilon, delta = max(epsilon, counted[0]), max(delta, counted[1])
+    own = alone_multipliers(plan)
+    alone = [epsilon_of(own[u], e.sample_rate, e.steps, delta) for u, e in costs_of(plan).items()]
     cohort = plan.cohort
+    noise = min((e.noise_multiplier for e in costs_of(plan).values()), default=1.0)
     settings: dict[str, object] = {
         "name": "default",
         "max_epsilon": epsilon,
+        "max_epsilon_alone": max([epsilon, *alone]),
         "max_delta": delta,
         "composition": "filter",
-        "min_noise_multiplier": noise_multiplier_of(plan) or 1.0,
+        "min_noise_multiplier": noise,
         "max_clip_norm": clip,
         "modes": [plan.privacy.mode],
         "min_sites": cohort.threshold,

@@ -17,7 +17,7 @@ STEPS = 5
 
 def charge(round_no: int) -> Charge:
     """The charge of one round, always the same."""
-    return Charge("run-1", "0" * 64, round_no, f"{round_no:064x}", 2.0, 0.5, STEPS, "0" * 64)
+    return Charge("run-1", "0" * 64, round_no, f"{round_no:064x}", 2.0, 2.0, 0.5, STEPS, "0" * 64)
 
 
 def work(folder: Path, rounds: int, pause_s: float, die_at: str, die_round: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from training_cases import make_data, make_plan
 
 from client.config import SiteFolder
-from client.consent import Books
+from client.consent import Books, People
 from client.data.prepared import write_prepared
 from client.policy import DAYS, SCHEMA
 from shared.identity import Identity, fingerprint
@@ -26,6 +26,7 @@ SIGMA = 4.0
 LIMITS: dict[str, Any] = {
     "name": "default",
     "max_epsilon": 4.0,
+    "max_epsilon_alone": 4.0,
     "max_delta": 1e-5,
     "composition": "filter",
     "min_noise_multiplier": 0.5,
@@ -84,6 +85,11 @@ def open_books(folder: Path) -> Books:
     """The books of a folder that `make_site` wrote."""
     site = SiteFolder(folder)
     return site.books(site.config(), site.identity())
+
+
+def trained(books: Books, ids: Iterable[str]) -> People:
+    """These patients, as those that a study trains on."""
+    return {"training": books.population(ids)}
 
 
 def write_plan(plan: StudyPlan, path: Path) -> Path:

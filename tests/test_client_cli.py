@@ -11,6 +11,7 @@ from site_cases import IDENTITIES, make_site, open_books, study, write_plan, wri
 
 from client import commands_study
 from client.cli import main
+from client.consent import People
 from client.ledger import Charge
 from shared.messages import encode
 from shared.study import Receipt
@@ -47,7 +48,7 @@ def test_approving_shows_the_cost_and_reserves_it(
     assert "Approved for one run" in capsys.readouterr().out
     books = open_books(site)
     assert len(list(books.ledger.events("approved"))) == 1
-    assert books.require_approved(plan, "run-1")["steps"] == 10
+    assert books.require_approved(plan, "run-1")["parts"]["training"]["steps"] == 10
 
 
 def test_without_a_terminal_nothing_is_approved(
@@ -106,12 +107,13 @@ def test_the_policy_is_begun_strict_and_checked(
 def trained(site: Path, rounds: int) -> bytes:
     """Approve a study and charge some of its rounds; the head after its end."""
     plan, books = study(), open_books(site)
-    ward = books.population(WARD)
-    books.approve(plan, ward)
+    people: People = {"training": books.population(WARD)}
+    books.approve(plan, people)
+    ward = people["training"].digest
     for number in range(1, rounds + 1):
-        limit = books.admit(plan, "run-1", ward)
-        charge = Charge("run-1", plan.sha256, number, "0" * 64, 4.0, 0.5, 1, ward.digest)
-        books.ledger.reserve(charge, limit=limit)
+        books.admit(plan, "run-1", people)
+        charge = Charge("run-1", plan.sha256, number, "0" * 64, 4.0, 4.0, 0.5, 1, ward)
+        books.ledger.reserve(charge, limit=10)
     books.ledger.close_run("run-1")
     head = books.ledger.head
     books.close()
@@ -164,7 +166,7 @@ def write_receipts(path: Path, head: bytes, signer: str = "site-0") -> Path:
     numbers = {
         f: 0.0
         for f in Receipt.__dataclass_fields__
-        if f.startswith("epsilon") or f in {"noise_multiplier", "sample_rate"}
+        if "epsilon" in f or "noise" in f or f == "sample_rate"
     }
     receipt = encode(
         Receipt(
@@ -174,6 +176,7 @@ def write_receipts(path: Path, head: bytes, signer: str = "site-0") -> Path:
             steps=3,
             ledger_head=head,
             log_size=3,
+            count_releases=0,
             **fields,
             **numbers,
         )

@@ -11,18 +11,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_cases import make_site, open_books, study, write_policy
+from site_cases import make_site, open_books, study, trained, write_policy
 
 from client.budget import Commitment, commitments, cost_of, histories, rounds_that_fit
-from client.consent import Books, event_of
+from client.consent import Books, People
 from client.ledger import Charge
-from client.patients import PatientKey, Population
+from client.patients import PatientKey
 from shared.errors import ConfigError, PolicyError
 from shared.plan import StudyPlan
-from shared.privacy import PrivacyEvent, epsilon_of_events, filtered_epsilon
+from shared.privacy import PrivacyEvent, costs_of, epsilon_of_events, filtered_epsilon
 
 WARD = [f"p{i}" for i in range(20)]
 DELTA = 1e-5
+SIXTY = PrivacyEvent(4.0, 0.5, 60)
 
 
 @pytest.fixture
@@ -32,12 +33,11 @@ def books(tmp_path: Path) -> Iterator[Books]:
     opened.close()
 
 
-def train(books: Books, plan: StudyPlan, run: str, people: Population, rounds: int) -> None:
+def train(books: Books, plan: StudyPlan, run: str, people: People, rounds: int) -> None:
     """Admit and charge the first rounds of a run, as a site does."""
-    event = event_of(plan)
-    assert event is not None
+    event = costs_of(plan)["training"]
     for number in range(1, rounds + 1):
-        limit = books.admit(plan, run, people)
+        books.admit(plan, run, people)
         books.ledger.reserve(
             Charge(
                 run=run,
@@ -45,27 +45,27 @@ def train(books: Books, plan: StudyPlan, run: str, people: Population, rounds: i
                 round_no=number,
                 descriptor=f"{number:064x}",
                 noise_multiplier=event.noise_multiplier,
+                alone=event.noise_multiplier,
                 sample_rate=event.sample_rate,
                 steps=plan.training.local_steps,
-                population=people.digest,
+                population=people["training"].digest,
             ),
-            limit=limit,
+            limit=event.steps,
         )
 
 
 def test_two_studies_on_one_dataset_compose(books: Books) -> None:
-    ward = books.population(WARD)
+    ward = trained(books, WARD)
     first = books.approve(study("first"), ward)
     second = books.approve(study("second"), ward)
-    event = event_of(study())
-    assert event is not None
+    event = costs_of(study())["training"]
     assert first.before == 0.0
     assert second.before == first.after == epsilon_of_events([event], DELTA)
     assert second.after == epsilon_of_events([event, event], DELTA) > 1.3 * first.after
 
 
 def test_a_study_beyond_the_cap_is_refused_with_the_rounds_that_still_fit(books: Books) -> None:
-    ward = books.population(WARD)
+    ward = trained(books, WARD)
     large = {"rounds": 30}
     books.approve(study("first", training=large), ward)
     head = books.ledger.head
@@ -97,23 +97,21 @@ def test_a_changed_renamed_or_extended_file_inherits_what_its_patients_spent(
     books: Books, ids: list[str], inherits: bool
 ) -> None:
     plan = study()
-    books.approve(plan, books.population(WARD))
-    train(books, plan, "run-1", books.population(WARD), rounds=10)
-    cost = books.consider(study("next"), books.population(ids))
-    event = event_of(plan)
-    assert event is not None
+    books.approve(plan, trained(books, WARD))
+    train(books, plan, "run-1", trained(books, WARD), rounds=10)
+    cost = books.consider(study("next"), trained(books, ids))
+    event = costs_of(plan)["training"]
     assert cost.before == (epsilon_of_events([event], DELTA) if inherits else 0.0)
 
 
 def test_the_patient_who_spent_most_counts(books: Books) -> None:
     twice = ["p0", "x1", "x2"]
     for name, people in [("one", WARD), ("two", twice)]:
-        books.approve(study(name), books.population(people))
-    cost = books.consider(study("next"), books.population([*WARD, *twice[1:]]))
-    event = event_of(study())
-    assert event is not None
+        books.approve(study(name), trained(books, people))
+    cost = books.consider(study("next"), trained(books, [*WARD, *twice[1:]]))
+    event = costs_of(study())["training"]
     assert cost.after == epsilon_of_events([event] * 3, DELTA)
-    assert books.consider(study("next"), books.population(["x1", "x2"])).before == pytest.approx(
+    assert books.consider(study("next"), trained(books, ["x1", "x2"])).before == pytest.approx(
         epsilon_of_events([event], DELTA)
     )
 
@@ -129,13 +127,13 @@ def test_identifiers_that_a_spreadsheet_could_confuse_are_refused() -> None:
 
 def test_rows_without_identifiers_count_as_one_patient(tmp_path: Path) -> None:
     books = open_books(make_site(tmp_path, rows_are_patients=True))
-    books.approve(study(), books.population(["row 1", "row 2"]))
-    cost = books.consider(study("next"), books.population(["row 3"]))
+    books.approve(study(), trained(books, ["row 1", "row 2"]))
+    cost = books.consider(study("next"), trained(books, ["row 3"]))
     assert cost.before > 0
 
 
 def test_one_approval_serves_one_run(books: Books) -> None:
-    plan, ward = study(), books.population(WARD)
+    plan, ward = study(), trained(books, WARD)
     books.approve(plan, ward)
     train(books, plan, "run-1", ward, rounds=2)
     with pytest.raises(PolicyError, match="another run has taken"):
@@ -149,7 +147,7 @@ def test_one_approval_serves_one_run(books: Books) -> None:
 
 
 def test_a_run_cannot_train_more_than_was_approved(books: Books) -> None:
-    plan, ward = study(), books.population(WARD)
+    plan, ward = study(), trained(books, WARD)
     books.approve(plan, ward)
     with pytest.raises(PolicyError, match="covers 10"):
         train(books, plan, "run-1", ward, rounds=11)
@@ -157,11 +155,10 @@ def test_a_run_cannot_train_more_than_was_approved(books: Books) -> None:
 
 
 def test_rounds_that_never_ran_are_given_back_under_the_filter(books: Books) -> None:
-    plan, ward = study(), books.population(WARD)
+    plan, ward = study(), trained(books, WARD)
     books.approve(plan, ward)
     train(books, plan, "run-1", ward, rounds=4)
-    event = event_of(plan)
-    assert event is not None
+    event = costs_of(plan)["training"]
     reserved = books.consider(study("next"), ward).before
     books.ledger.close_run("run-1")
     assert books.consider(study("next"), ward).before < reserved
@@ -174,9 +171,8 @@ def test_the_first_study_may_use_the_whole_cap_and_then_nothing_is_given_back(
     books: Books,
 ) -> None:
     """Composition as fixed beforehand admits it; the filter alone would not."""
-    plan, ward = study(training={"rounds": 45}), books.population(WARD)
-    event = event_of(plan)
-    assert event is not None
+    plan, ward = study(training={"rounds": 45}), trained(books, WARD)
+    event = costs_of(plan)["training"]
     assert epsilon_of_events([event], DELTA) < 4 < filtered_epsilon([event], 4.0, DELTA)
     assert books.approve(plan, ward).basis == "schedule"
     train(books, plan, "run-1", ward, rounds=1)
@@ -189,15 +185,17 @@ def test_a_declared_schedule_lets_more_fit_than_the_filter(tmp_path: Path) -> No
     fits = []
     for kind in ("filter", "schedule"):
         books = open_books(make_site(tmp_path / kind, composition=kind))
-        ward = books.population(WARD)
+        ward = trained(books, WARD)
         books.approve(study(), ward)
-        past = histories(ward.members, commitments(books.ledger), books.ledger.members)
-        fits.append(rounds_that_fit(PrivacyEvent(4.0, 0.5, 60), 1, past, books.limits))
+        planned = [Commitment(-1, "next", "", frozenset({ward["training"].digest}), SIXTY, False)]
+        known = [*commitments(books.ledger), *planned]
+        past = histories(ward["training"].members, known, books.ledger.members)
+        fits.append(rounds_that_fit(planned, 1, past, books.limits))
     assert fits[0] < fits[1] < 60
 
 
 def test_withdrawing_frees_what_was_not_trained(books: Books) -> None:
-    plan, ward = study(), books.population(WARD)
+    plan, ward = study(), trained(books, WARD)
     books.approve(plan, ward)
     books.approve(plan, ward)
     train(books, plan, "run-1", ward, rounds=3)
@@ -214,11 +212,11 @@ def test_a_study_in_two_halves_costs_what_it_costs_in_one_go(tmp_path: Path) -> 
     for name, halves in [("one", [10]), ("two", [5, 10])]:
         folder = make_site(tmp_path / name)
         approving = open_books(folder)
-        approving.approve(plan, approving.population(WARD))
+        approving.approve(plan, trained(approving, WARD))
         approving.close()
         for until in halves:  # a new process each time; earlier rounds are asked for again
             books = open_books(folder)
-            train(books, plan, "run-1", books.population(WARD), rounds=until)
+            train(books, plan, "run-1", trained(books, WARD), rounds=until)
             total = [c.event for c in commitments(books.ledger)]
             books.close()
         totals.append(epsilon_of_events(total, DELTA))
@@ -226,7 +224,7 @@ def test_a_study_in_two_halves_costs_what_it_costs_in_one_go(tmp_path: Path) -> 
 
 
 def test_a_tightened_policy_stops_a_running_study(books: Books, tmp_path: Path) -> None:
-    plan, ward = study(), books.population(WARD)
+    plan, ward = study(), trained(books, WARD)
     books.approve(plan, ward)
     train(books, plan, "run-1", ward, rounds=2)
     write_policy(tmp_path, max_epsilon=4.0, hours=["00:00-24:00", "01:00-02:00"])
@@ -245,19 +243,19 @@ def test_a_tightened_policy_stops_a_running_study(books: Books, tmp_path: Path) 
 def test_patients_who_came_in_after_the_approval_are_checked_before_they_train(
     books: Books,
 ) -> None:
-    ward, icu = books.population(WARD), books.population([f"icu{i}" for i in range(9)])
+    ward, icu = trained(books, WARD), trained(books, [f"icu{i}" for i in range(9)])
     spent = study("before", training={"rounds": 45})
     books.approve(spent, icu)
     plan = study()
     books.approve(plan, ward)
     train(books, plan, "run-1", ward, rounds=2)
-    both = books.population([*WARD, "icu0"])
+    both = trained(books, [*WARD, "icu0"])
     with pytest.raises(PolicyError, match="patients changed since the approval"):
         books.admit(plan, "run-1", both)
-    more = books.population([*WARD, "fresh"])
+    more = trained(books, [*WARD, "fresh"])
     books.admit(plan, "run-1", more)
     # The old patients keep what is reserved, and the new one has it from now on.
-    for people in (ward, more, books.population(["fresh"])):
+    for people in (ward, more, trained(books, ["fresh"])):
         assert books.consider(study("next"), people).before > 0
 
 
@@ -265,7 +263,7 @@ def test_patients_who_came_in_after_the_approval_are_checked_before_they_train(
 def test_a_lost_ledger_or_key_stops_everything(tmp_path: Path, lost: str) -> None:
     folder = make_site(tmp_path)
     books = open_books(folder)
-    books.approve(study(), books.population(WARD))
+    books.approve(study(), trained(books, WARD))
     books.close()
     (folder / lost).unlink()
     with pytest.raises(PolicyError, match="restore it"):
@@ -319,7 +317,9 @@ def test_many_patients_and_many_rounds_are_composed_in_time(books: Books) -> Non
     ]
     epsilon_of_events([PrivacyEvent(4.0, 0.5, 1)], DELTA)  # imports
     started = time.process_time()
-    past = histories(everyone, known, members.__getitem__)
-    cost = cost_of(PrivacyEvent(4.0, 0.5, 3), past, books.limits)
+    members["all"] = everyone
+    planned = [Commitment(-1, "s", "", frozenset({"all"}), PrivacyEvent(4.0, 0.5, 3), False)]
+    past = histories(everyone, [*known, *planned], members.__getitem__)
+    cost = cost_of(planned, past, books.limits)
     assert time.process_time() - started < 2.0
     assert cost.after == epsilon_of_events([PrivacyEvent(4.0, 0.5, 21)], DELTA)

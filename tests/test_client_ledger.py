@@ -30,6 +30,7 @@ def charge(round_no: int, **changes: object) -> Charge:
         "round_no": round_no,
         "descriptor": f"{round_no:064x}",
         "noise_multiplier": 1.5,
+        "alone": 1.5,
         "sample_rate": 0.1,
         "steps": 5,
         "population": WARD.digest,
@@ -65,7 +66,7 @@ def test_a_charge_is_written_once_and_survives(ledger: Ledger, tmp_path: Path) -
     again = open_ledger(tmp_path)
     assert again.charges() == (charge(1), charge(2), charge(3))
     assert again.steps("run-1") == 15
-    assert again.spent() == {("run-1", WARD.digest): {(1.5, 0.1): 15}}
+    assert again.spent() == {("run-1", WARD.digest): {("training", 1.5, 1.5, 0.1): 15}}
     assert again.verify() == 7
 
 

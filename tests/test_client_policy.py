@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from site_cases import LIMITS, ROSTER, make_site, open_books, policy_text, study, write_policy
+from site_cases import (
+    LIMITS,
+    ROSTER,
+    make_site,
+    open_books,
+    policy_text,
+    study,
+    trained,
+    write_policy,
+)
 
 from client.commands_ledger import default_policy
 from client.policy import DAYS, DatasetPolicy, PolicyFile, refuse_unless_allowed
@@ -100,7 +109,10 @@ def test_the_plan_of_the_tests_is_allowed() -> None:
     [
         ({"max_epsilon": 3.9}, "max_epsilon is 3.9"),
         ({"max_delta": 9e-6}, "max_delta is 9e-06"),
-        ({"min_noise_multiplier": 4.001}, "min_noise_multiplier 4.001"),
+        (
+            {"min_noise_multiplier": 4.001},
+            "training is 4, min_noise_multiplier 4.001",
+        ),
         ({"max_clip_norm": 0.99}, "max_clip_norm is 0.99"),
         ({"modes": []}, "'local' is not in modes"),
         ({"min_sites": 5}, "min_sites is 5"),
@@ -200,7 +212,7 @@ def test_a_server_that_sends_a_wider_plan_is_refused(tmp_path: Path, name: str) 
 
 def with_books(folder: Path, plan: StudyPlan) -> None:
     books = open_books(folder)
-    books.approve(plan, books.population([f"p{i}" for i in range(20)]))
+    books.approve(plan, trained(books, [f"p{i}" for i in range(20)]))
     books.close()
 
 

@@ -1,0 +1,49 @@
+"""A site's counts of its test patients as integers, with its part of the noise."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from client.data.dataset import PatientDataset
+from client.discrete import discrete_gaussian
+from client.noise import ChaChaRandom
+from shared.counts import CountNoise, Records, Units, count_kind
+from shared.parameters import FlatVector
+from shared.plan import StudyPlan
+
+
+def counts_of(
+    plan: StudyPlan, data: PatientDataset, outputs: FlatVector, noise: CountNoise
+) -> Units:
+    """What one release counts of these patients, in units and without noise; it stays here.
+
+    Args:
+        plan: The approved study.
+        data: The patients.
+        outputs: What the model says of each record.
+        noise: From `count_noise`.
+
+    Returns:
+        int64, shape (cells,). A patient's records share the weight of one.
+    """
+    records = Records(data.patients, data.labels, data.inputs, outputs)
+    return count_kind(plan).count(plan, records, noise.unit)
+
+
+def clamped_cells(counts: Units, noise: CountNoise) -> int:
+    """Cells that hold more than there is room for, and will be cut; for the site's own log."""
+    return int(np.count_nonzero(np.abs(counts) > noise.clamp))
+
+
+def noisy_counts(counts: Units, noise: CountNoise, random: ChaChaRandom) -> Units:
+    """Clamp, and add this site's noise, in this order; nothing but reduction follows.
+
+    Args:
+        counts: From `counts_of`.
+        noise: From `count_noise`; without deviation the counts stay exact (simulations).
+        random: The site's stream.
+    """
+    whole = np.clip(counts, -noise.clamp, noise.clamp)
+    if not noise.deviation:
+        return whole
+    return whole + discrete_gaussian(random, noise.deviation, len(whole))
