@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,10 +152,10 @@ def test_counts_come_from_those_who_contributed(shared_run: Played) -> None:
 
 
 def ledger_lines(played: Played, site: str, kind: str) -> list[dict[str, Any]]:
-    path = played.out / "evidence" / "sites" / site / "ledger.db"
-    with closing(sqlite3.connect(path)) as db:
-        rows = db.execute("SELECT body FROM event WHERE kind = ? ORDER BY number", (kind,))
-        return [json.loads(body) for (body,) in rows]
+    path = played.out / "evidence" / "sites" / site / "ledger.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    bodies = [json.loads(line["body"]) for line in lines]
+    return [body for body in bodies if body["kind"] == kind]
 
 
 def test_each_release_is_charged_to_the_test_patients_alone(shared_run: Played) -> None:
