@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from server.evidence import NoRecord, Recorder
 from server.secagg import Relay
-from shared.counts import due_counts
 from shared.errors import CohortError, ProtocolError
 from shared.evidence import Witness
 from shared.identity import verify
@@ -234,7 +233,7 @@ class Study:
             if trained:
                 update = self._layout.update_of(total, contributors)
                 self.state = apply_update(self.plan.optimizer, self.state, update)
-            counts = self._counts(total, model_round)
+            counts = self._layout.released_counts(total, model_round)
         except ProtocolError as error:
             reason = str(error)
             result = self._relay.abort(reason)
@@ -257,15 +256,6 @@ class Study:
             bytes_up=self.transport.bytes_up - up,
             bytes_down=self.transport.bytes_down - down,
         )
-
-    def _counts(self, total: NDArray[np.uint32], model_round: int) -> NDArray[np.float64]:
-        """The counts; none where they are not due, or some site sent more than it may."""
-        if not due_counts(self.plan, model_round):
-            return np.zeros(0)
-        try:
-            return self._layout.counts_of(total)
-        except ProtocolError:
-            return np.zeros(0)
 
     def _refill(self, present: tuple[str, ...]) -> None:
         """Ask for new prekeys apart from rounds, where the refill within rounds did not do."""

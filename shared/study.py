@@ -21,7 +21,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.counts import CountNoise, Units, count_kind, count_noise
+from shared.counts import CountNoise, Units, count_kind, count_noise, due_counts
 from shared.distributed import NoiseShare, divisor, noise_share
 from shared.errors import ProtocolError
 from shared.messages import U8, U32, U64, Blob, Fixed, Many, Maybe, Real, Text, message
@@ -278,6 +278,18 @@ class VectorLayout:
         if self._exact:
             return self.ring.lanes_to_counts(tail, max_count=self._most) / self.count_noise.unit
         return self.ring.signed(tail) / np.float64(self.count_noise.unit)
+
+    def released_counts(self, total: RingVector, finished: int) -> NDArray[np.float64]:
+        """The counts of a sum that started from the model of `finished` rounds.
+
+        Empty where the plan releases none then, or where some site sent more than it may.
+        """
+        if not due_counts(self.plan, finished):
+            return np.zeros(0)
+        try:
+            return self.counts_of(total)
+        except ProtocolError:
+            return np.zeros(0)
 
 
 class Packed:

@@ -16,7 +16,6 @@ from server.report import render
 from server.results import read_results
 from server.rounds import RoundReport, StudyOutcome
 from server.transport import GridTransport
-from shared.errors import ProtocolError
 from shared.evidence import PublishedSum, read_frames
 from shared.messages import decode
 from shared.models import initial_parameters
@@ -79,7 +78,7 @@ def replay_sums(history: History, sums: Path) -> StudyOutcome:
             one.descriptor.model == state.digest(),
             f"round {one.number} went on from another model than the published sums give",
         )
-        model_round, counts = state.round_no, np.zeros(0, dtype=np.int64)
+        model_round, counts = state.round_no, np.zeros(0)
         trained = model_round < plan.training.rounds
         if one.total_root:
             total = _next_total(published, one)
@@ -87,10 +86,7 @@ def replay_sums(history: History, sums: Path) -> StudyOutcome:
             if trained:
                 update = layout.update_of(vector, one.contributors)
                 state = apply_update(plan.optimizer, state, update)
-            try:
-                counts = layout.counts_of(vector)
-            except ProtocolError:
-                counts = np.zeros(0, dtype=np.int64)
+            counts = layout.released_counts(vector, model_round)
         reports.append(_report(one, model_round, trained, counts))
     demand(next(published, None) is None, f"{sums.name} holds more sums than were signed")
     return StudyOutcome(state, tuple(reports), dict(history.receipts), history.transcript)
