@@ -1,0 +1,46 @@
+"""A process under a supervisor: `python -m shared.child MODULE:FUNCTION ARGUMENT...`
+
+It calls one function, usually the main of one of Flower's commands, and never outlives the
+supervisor: not even one that was killed so hard that it could end nobody.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+import sys
+import threading
+import time
+
+_PR_SET_PDEATHSIG = 1
+_LOOK_S = 2.0
+
+
+def die_with_parent() -> None:
+    """End this process soon after its parent ended, however that ended."""
+    parent = os.getppid()
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+
+
+def _watch(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(_LOOK_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(5 * _LOOK_S)
+    os._exit(1)
+
+
+def main() -> None:
+    """Call the function that the first argument names; the rest are its arguments."""
+    die_with_parent()
+    module, _, function = sys.argv[1].partition(":")
+    sys.argv = [function.replace("_", "-"), *sys.argv[2:]]
+    getattr(importlib.import_module(module), function)()
+
+
+if __name__ == "__main__":
+    main()
