@@ -14,6 +14,7 @@ from client import (
     commands_enrol,
     commands_ledger,
     commands_log,
+    commands_run,
     commands_study,
 )
 from shared.command import EXIT_CODES, folder_option, run_command
@@ -24,8 +25,10 @@ from nothing to ready:
   fedward-site join city.kit.json          take the answer, and pin the other sites
   fedward-site check plan.toml             is everything ready? red lines say what to do
   fedward-site approve plan.toml           what a study would cost, then agree to it
+  fedward-site up                          take part
 
 at any time:
+  fedward-site status                      does it run, and what was refused lately?
   fedward-site policy check plan.toml      would this plan be allowed?
   fedward-site spent                       what the patients have spent so far, by study
   fedward-site ledger verify               was the ledger changed?
@@ -56,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_study.add_commands(commands)
     commands_ledger.add_commands(commands)
     commands_log.add_commands(commands)
+    commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()
     folder_option(parser, "--site", default, "the site's folder, with site.toml")
     return parser

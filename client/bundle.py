@@ -1,0 +1,175 @@
+"""Flower's private hooks in the SuperNode, in this one file: which code may run, how often it asks.
+
+Flower would run whatever bundle the SuperLink offers. Here a bundle is refused unless its SHA-256
+is that of the installed version's own (shared/bundle.py), and even then nothing is unpacked: the
+worker (client/worker.py) runs the installed package. The hooks belong to Flower 1.41; `check_hooks`
+refuses to start on a Flower where they are not what they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import logging
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import flwr
+
+from shared.bundle import bundle_sha256
+from shared.errors import ConfigError
+
+FLOWER = "1.41."
+IDLE_S, BUSY_S = 2.0, 0.25
+BUSY_FOR_S = 120.0
+"""After a message the SuperNode asks every BUSY_S, for this long; then every IDLE_S."""
+
+_FLOWER_IDLE_S = 3.0
+_LOG = logging.getLogger("flwr.fedward")
+
+_INTERNAL = "flwr.supernode.start_client_internal"
+_SIGNATURES = {
+    "_verify_fab": ("fab", "trusted_entities"),
+    "_pull_and_store_message": (
+        "state",
+        "object_store",
+        "node_config",
+        "receive",
+        "get_run",
+        "get_fab",
+        "pull_object",
+        "confirm_message_received",
+        "trusted_entities",
+    ),
+    "_init_connection": (
+        "server_address",
+        "insecure",
+        "root_certificates",
+        "authentication_keys",
+        "max_retries",
+        "max_wait_time",
+    ),
+}
+_SOURCES = {
+    "start_client_internal": ("trusted_entities=trusted_entities", "time.sleep(3)"),
+    "_pull_and_store_message": (
+        'fab.verifications.get("valid_license", "")',
+        "_verify_fab(fab, trusted_entities)",
+        "FAB_VERIFICATION_ERROR",
+        "state.store_fab(fab)",
+    ),
+    "_push_messages": ("time.sleep(0.5)",),
+}
+
+
+def check_hooks(version: str = flwr.__version__) -> Any:
+    """Flower's module, if everything that this file replaces is as it was in 1.41.
+
+    Raises:
+        ConfigError: another Flower; nothing may start, since bundles might not be checked.
+    """
+    internal = importlib.import_module(_INTERNAL)
+    wrong = [] if version.startswith(FLOWER) else [f"version {version}"]
+    for name, parameters in _SIGNATURES.items():
+        found = getattr(internal, name, None)
+        if found is None or tuple(inspect.signature(found).parameters) != parameters:
+            wrong.append(name)
+    for name, phrases in _SOURCES.items():
+        source = inspect.getsource(getattr(internal, name, check_hooks))
+        wrong += [name for phrase in phrases if phrase not in source]
+    if wrong:
+        raise ConfigError(
+            f"this Flower differs from {FLOWER}x in {', '.join(sorted(set(wrong)))}, where "
+            "Fedward checks the code that a server offers. Install the Flower that it pins."
+        )
+    return internal
+
+
+def install_hooks(expected_sha256: str) -> None:
+    """Let Flower's SuperNode in this process accept one bundle alone, and ask more often.
+
+    Args:
+        expected_sha256: 64 hex digits of the only bundle that may run.
+
+    Raises:
+        ConfigError: see `check_hooks`.
+    """
+    internal = check_hooks()
+    internal._init_connection = _claims_licence(internal._init_connection)
+    internal._verify_fab = _allow(expected_sha256)
+    pull = internal._pull_and_store_message
+    asked = _Pace()
+
+    def pull_checked(**kwargs: Any) -> int | None:
+        # Flower checks a bundle only where some entity is trusted; which one plays no part here.
+        run_id: int | None = pull(**kwargs | {"trusted_entities": {"fedward": expected_sha256}})
+        asked.answered(run_id is not None)
+        return run_id
+
+    internal._pull_and_store_message = pull_checked
+    internal.time = asked
+
+
+def _allow(expected_sha256: str) -> Callable[[Any, dict[str, str]], bool]:
+    def verify(fab: Any, trusted_entities: dict[str, str]) -> bool:
+        del trusted_entities
+        found = hashlib.sha256(fab.content).hexdigest()
+        if found != expected_sha256:
+            _LOG.error(
+                "the server offers the bundle %s; the installed version builds %s. Nothing of it "
+                "was unpacked. Install the version that the study plan names.",
+                found,
+                expected_sha256,
+            )
+        return found == expected_sha256
+
+    return verify
+
+
+def _claims_licence(connect: Callable[..., Any]) -> Callable[..., Any]:
+    """Let every bundle reach the check: Flower refuses one without a licence before it looks."""
+
+    @contextmanager
+    def connection(**kwargs: Any) -> Iterator[tuple[Any, ...]]:
+        with connect(**kwargs) as conn:
+            node_id, receive, send, get_run, get_fab, *rest = conn
+
+            def get_marked(fab_hash: str, run_id: int) -> Any:
+                fab = get_fab(fab_hash, run_id)
+                fab.verifications.clear()
+                fab.verifications["valid_license"] = "checked by hash"
+                return fab
+
+            yield (node_id, receive, send, get_run, get_marked, *rest)
+
+    return connection
+
+
+class _Pace:
+    """Stands for the module `time` in Flower's loop, of which it uses `sleep` alone."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic() - BUSY_FOR_S
+
+    def answered(self, something: bool) -> None:
+        if something:
+            self._last = time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        """Wait for the next message, or 0.5 s in Flower for the worker's answer."""
+        if seconds < _FLOWER_IDLE_S:
+            time.sleep(0.05)
+            return
+        busy = time.monotonic() - self._last < BUSY_FOR_S
+        time.sleep(BUSY_S if busy else IDLE_S)
+
+
+def supernode() -> None:
+    """`flower-supernode` with the hooks; a process of its own."""
+    install_hooks(bundle_sha256())
+    from flwr.supernode.cli import flower_supernode  # noqa: PLC0415  # after the hooks
+
+    flower_supernode()

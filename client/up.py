@@ -1,0 +1,124 @@
+"""fedward-site up: the two processes of a site, kept running.
+
+supernode  Flower's SuperNode behind our hooks (client/bundle.py): the only one that speaks to the
+           outside, and only outwards
+worker     answers messages with the installed ClientApp (client/worker.py)
+
+SITE/flower/       Flower's own files
+SITE/logs/         supernode.log, worker.log
+SITE/health.json   what runs, since when; there only while `up` runs
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from client.bundle import check_hooks
+from client.config import SiteFolder
+from shared.errors import ConfigError
+from shared.supervise import Child, Supervisor, environment
+
+LOOPBACK = "127.0.0.1"
+
+
+def health_file(folder: SiteFolder) -> Path:
+    """There while `up` runs."""
+    return folder.path / "health.json"
+
+
+def children(folder: SiteFolder, port: int) -> tuple[Child, ...]:
+    """The processes of `fedward-site up`.
+
+    Args:
+        folder: The site's.
+        port: Where the SuperNode listens for the worker, on loopback.
+    """
+    config = folder.config()
+    path, secret = folder.path.resolve(), str(_secret_file(folder).resolve())
+    authority = str(folder.root_certificates(config).resolve())
+    supernode = Child(
+        "supernode",
+        "client.bundle:supernode",
+        (
+            *("--superlink", folder.kit().server, "--root-certificates", authority),
+            *("--auth-supernode-private-key", str(folder.node_key.resolve())),
+            *("--host", LOOPBACK, "--port", str(port)),
+            *("--isolation", "process", "--superexec-auth-secret-file", secret),
+            *("--node-config", f"state-dir={json.dumps(str(path))}"),
+        ),
+        env=folder.network_environment(config),
+    )
+    worker = Child("worker", "client.worker:main", (f"{LOOPBACK}:{port}", secret))
+    return supernode, worker
+
+
+def up(folder: SiteFolder) -> None:
+    """Run the site until SIGTERM or Ctrl-C; both processes have ended when this returns.
+
+    Raises:
+        ConfigError: a file is missing or wrong, Flower is another, or the site runs already.
+        PolicyError: policy.toml is missing or unusable.
+    """
+    _check(folder)
+    with _alone(folder.path):
+        env = environment(folder.path / "flower")
+        _write_secret(_secret_file(folder))
+        Supervisor(
+            children(folder, _free_port()),
+            logs=folder.path / "logs",
+            health=health_file(folder),
+            env=env,
+        ).run()
+
+
+def _check(folder: SiteFolder) -> None:
+    """Whatever the processes would stumble over again and again is said once, here."""
+    config = folder.config()
+    books = folder.books(config, folder.identity())
+    try:
+        books.policy.read()
+    finally:
+        books.close()
+    for file, remedy in (
+        (folder.node_key, "enrol the site: fedward-site enrol"),
+        (folder.ca_certificate, "join the project with its kit: fedward-site join"),
+    ):
+        if not file.is_file():
+            raise ConfigError(f"{file} does not exist; {remedy}.")
+    check_hooks()
+
+
+def _secret_file(folder: SiteFolder) -> Path:
+    """What the SuperNode and the worker share; made anew at each start."""
+    return folder.path / "flower" / "worker.secret"
+
+
+def _write_secret(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as target:
+        target.write(secrets.token_hex(32))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Two SuperNodes with one key would take each other's messages."""
+    with (path / "up.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"fedward-site up already runs in {path}") from None
+        yield

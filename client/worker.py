@@ -1,0 +1,160 @@
+"""The process that answers a site's messages: it stays, with PyTorch loaded and the site open.
+
+Flower starts a new process for every message, unpacks the server's bundle in it and imports
+everything anew. This worker takes Flower's place: it asks the SuperNode on this machine for a
+task, lets the *installed* ClientApp answer it, and asks again. What must outlive it is in the
+site's folder, so it may be killed at any time: the SuperNode then reports an error for the one
+message that it held, and the supervisor starts another.
+
+It uses inner parts of Flower 1.41 (named in the imports below); tests/test_client_worker.py fails
+when they change.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import httpx
+from flwr.app import Context, Error, Message
+from flwr.common.constant import ErrorCode, SubStatus
+from flwr.proto.runtime_pb2 import (
+    AcquireTaskRequest,
+    PushTaskOutputRequest,
+    SendTaskHeartbeatRequest,
+)
+from flwr.supercore.constant import TaskType
+from flwr.supercore.interceptors import (
+    RuntimeTokenHttpInterceptor,
+    RuntimeVersionHttpInterceptor,
+    SuperExecAuthHttpInterceptor,
+)
+from flwr.supercore.runtime import RuntimeHttpClient
+from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
+
+from client.app import app as client_app
+from client.app import forget_sites
+from shared.supervise import log_to_terminal
+
+ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+HEARTBEAT_S = 15.0
+"""Flower gives a task up after 60 s without one."""
+BUSY_S, IDLE_S, BUSY_FOR_S = 0.05, 0.5, 120.0
+
+_LOG = logging.getLogger("fedward.worker")
+
+
+def serve(address: str, secret: bytes, stop: threading.Event) -> None:
+    """Answer the SuperNode's tasks until `stop` is set.
+
+    Args:
+        address: host:port of the SuperNode's Runtime API, on this machine's loopback.
+        secret: Shared with that SuperNode; a process without it gets no task.
+        stop: Checked between two messages.
+    """
+    last = time.monotonic() - BUSY_FOR_S
+    with _client(address, SuperExecAuthHttpInterceptor(
+        master_secret=secret, protected_methods=frozenset({ACQUIRE})
+    )) as client:  # fmt: skip
+        while not stop.is_set():
+            token = _acquire(client)
+            if token:
+                _answer(address, token)
+                last = time.monotonic()
+            else:
+                busy = time.monotonic() - last < BUSY_FOR_S
+                stop.wait(BUSY_S if busy else IDLE_S)
+
+
+def _acquire(client: RuntimeHttpClient) -> str:
+    request = AcquireTaskRequest(supported_task_types=[TaskType.CLIENT_APP])
+    try:
+        return str(client.AcquireTask(request).token)
+    except httpx.HTTPError as error:
+        _LOG.info("the SuperNode does not answer yet (%s)", type(error).__name__)
+        time.sleep(IDLE_S)
+        return ""
+
+
+@contextmanager
+def _client(
+    address: str, proof: SuperExecAuthHttpInterceptor | RuntimeTokenHttpInterceptor
+) -> Iterator[RuntimeHttpClient]:
+    client = RuntimeHttpClient.from_server_address(
+        server_address=address,
+        insecure=True,
+        root_certificates=None,
+        interceptors=[RuntimeVersionHttpInterceptor(component_name="flwr-clientapp"), proof],
+    )
+    try:
+        yield client
+    finally:
+        client.close()
+
+
+def _answer(address: str, token: str) -> None:
+    """Answer one message; if that cannot be said to the SuperNode, the task just runs out."""
+    started = time.monotonic()
+    with _client(address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeats(client):
+        try:
+            # The bundle comes along, was checked by the SuperNode, and is not looked at.
+            message, context, _, _ = pull_task_input(client)
+            kind = message.metadata.message_type
+            push_message(client, _reply(message, context), context)
+            output = PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details="")
+            client.PushTaskOutput(output)
+        except (httpx.HTTPError, RuntimeError) as error:
+            _LOG.warning("a message went unanswered (%s)", type(error).__name__)
+            return
+    _LOG.info("%s answered in %.2f s", kind, time.monotonic() - started)
+    if kind.endswith(".finish"):
+        forget_sites()
+
+
+def _reply(message: Message, context: Context) -> Message:
+    try:
+        return client_app(message=message, context=context)
+    except Exception:
+        # Nothing of the exception may leave: its text could hold a path or a value.
+        _LOG.exception("the ClientApp failed")
+        error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason="refused")
+        return Message(error, reply_to=message)
+
+
+@contextmanager
+def _heartbeats(client: RuntimeHttpClient) -> Iterator[None]:
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(HEARTBEAT_S):
+            with suppress(httpx.HTTPError):
+                client.SendTaskHeartbeat(SendTaskHeartbeatRequest())
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _warm_up() -> None:
+    """Import what the first round needs, before it comes."""
+    importlib.import_module("client.clipping")  # Opacus
+    importlib.import_module("client.run")
+
+
+def main() -> None:
+    """`worker ADDRESS SECRET_FILE`, started by `fedward-site up`."""
+    log_to_terminal()
+    address, secret_file = sys.argv[1:3]
+    _warm_up()
+    _LOG.info("ready")
+    serve(address, Path(secret_file).read_bytes(), threading.Event())

@@ -1,0 +1,154 @@
+"""Only the installed code runs at a site: Flower's hooks, and what becomes of a changed bundle."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from flwr.app import Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.fab import Fab
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.object_store import ObjectStoreFactory
+from flwr.supercore.run import Run
+from flwr.supernode import start_client_internal as internal
+from flwr.supernode.nodestate import NodeState, NodeStateFactory
+
+from client import bundle
+from client.bundle import check_hooks, install_hooks
+from shared.bundle import build_bundle, bundle_sha256
+from shared.errors import ConfigError
+
+NODE, RUN = 7, 11
+
+
+def test_the_hooks_fit_the_installed_flower() -> None:
+    assert check_hooks() is internal
+
+
+@pytest.mark.parametrize("name", ["_verify_fab", "_pull_and_store_message", "_init_connection"])
+def test_a_flower_without_one_of_the_hooks_is_refused(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(internal, name, lambda other: other)
+    with pytest.raises(ConfigError, match=name):
+        check_hooks()
+
+
+def test_a_flower_that_checks_bundles_elsewhere_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phrases = {"_pull_and_store_message": ("a check that is no longer there",)}
+    monkeypatch.setattr(bundle, "_SOURCES", phrases)
+    with pytest.raises(ConfigError, match="_pull_and_store_message"):
+        check_hooks()
+
+
+def test_another_version_of_flower_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"1\.42\.0"):
+        check_hooks("1.42.0")
+
+
+@pytest.fixture
+def state(monkeypatch: pytest.MonkeyPatch) -> NodeState:
+    """Flower's own state of a SuperNode; its hooks are put back after the test."""
+    for name in ("_verify_fab", "_pull_and_store_message", "_init_connection", "time"):
+        monkeypatch.setattr(internal, name, getattr(internal, name))
+    state = NodeStateFactory(objectstore_factory=ObjectStoreFactory()).state()
+    state.set_node_id(NODE)
+    return state
+
+
+def _message() -> Message:
+    metadata = Metadata(
+        run_id=RUN,
+        message_id="",
+        src_node_id=1,
+        dst_node_id=NODE,
+        reply_to_message_id="",
+        group_id="join",
+        created_at=1.0,
+        ttl=60.0,
+        message_type="query.join",
+    )
+    message = make_message(metadata=metadata, content=RecordDict())
+    message.metadata.__dict__["_message_id"] = message.object_id
+    return message
+
+
+def _offer(state: NodeState, fab: Fab, *, hooked: bool = True) -> None:
+    """Let the SuperLink offer a message and a bundle, over the connection as the hooks made it."""
+    message = _message()
+
+    @contextmanager
+    def connect(**kwargs: Any) -> Iterator[tuple[Any, ...]]:
+        del kwargs
+        tree = get_object_tree(message)
+        run = Run.create_empty(RUN)
+        run.fab_hash, run.primary_task_type = fab.hash_str, "flwr-serverapp"
+        yield (
+            NODE,
+            lambda: (message, tree),
+            None,
+            lambda run_id: run,
+            lambda fab_hash, run_id: fab,
+            lambda run_id, object_id: b"",
+            None,
+            lambda run_id, object_id: None,
+        )
+
+    connect.__signature__ = inspect.signature(internal._init_connection)  # type: ignore[attr-defined]
+    internal._init_connection = connect
+    if hooked:
+        install_hooks(bundle_sha256())
+    with internal._init_connection(server_address="127.0.0.1:1") as conn:
+        _, receive, _, get_run, get_fab, pull, _, confirm = conn
+        internal._pull_and_store_message(
+            state=state,
+            object_store=state.object_store,
+            node_config={},
+            receive=receive,
+            get_run=get_run,
+            get_fab=get_fab,
+            pull_object=pull,
+            confirm_message_received=confirm,
+            trusted_entities=None,
+        )
+
+
+def _fab(content: bytes, claimed: str) -> Fab:
+    return Fab(claimed, content, {"valid_license": "", "fpk_1": "{}"})
+
+
+def test_the_installed_bundle_is_taken(state: NodeState) -> None:
+    _offer(state, _fab(build_bundle(), bundle_sha256()))
+    assert state.get_fab(bundle_sha256()) is not None
+    assert not state.get_messages_legacy(is_reply=True)
+
+
+@pytest.mark.parametrize("claimed", ["its own", "the expected one"])
+def test_a_changed_bundle_is_refused_and_nothing_of_it_is_stored(
+    state: NodeState, claimed: str
+) -> None:
+    changed = build_bundle().replace(b"Fedward", b"Fedwerd", 1)
+    assert changed != build_bundle()
+    own = hashlib.sha256(changed).hexdigest()
+    claim = bundle_sha256() if claimed == "the expected one" else own
+    _offer(state, _fab(changed, claim))
+    assert state.get_fab(claim) is None
+    assert state.get_run(RUN) is None
+    (reply,) = state.get_messages_legacy(is_reply=True)
+    assert reply.error.code == ErrorCode.INVALID_FAB
+
+
+def test_without_the_hooks_flower_takes_the_changed_bundle(state: NodeState) -> None:
+    """The control: the test above tests our hooks, not Flower's own checks."""
+    changed = build_bundle().replace(b"Fedward", b"Fedwerd", 1)
+    claim = hashlib.sha256(changed).hexdigest()
+    _offer(state, _fab(changed, claim), hooked=False)
+    assert state.get_fab(claim) is not None
