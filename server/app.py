@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.evidence import NoRecord, Recorder
+from server.live import RunFolder, work
 from server.rounds import Observer, Study, StudyOutcome
 from server.transport import GridTransport
+from shared.bundle import RUN_FOLDER
 from shared.plan import StudyPlan
 
 Finished = Callable[[StudyOutcome, GridTransport], None]
+Directory = Callable[[], Mapping[str, int]]
 
 
 def make_server_app(
@@ -24,6 +28,9 @@ def make_server_app(
     finished: Finished,
     recorder: Recorder | None = None,
     poll_s: float = 0.2,
+    directory: Directory | None = None,
+    waiting: Callable[[tuple[str, ...]], None] = lambda absent: None,
+    wait_s: float = 300.0,
 ) -> ServerApp:
     """Build the ServerApp of one run of a plan.
 
@@ -35,14 +42,35 @@ def make_server_app(
         finished: Called once at the end, with the model and what was sent.
         recorder: Keeps the evidence; nothing is kept without one.
         poll_s: Seconds between two looks for answers.
+        directory: The connected sites and their nodes; see `GridTransport`.
+        waiting: Told the absent sites while the study waits for them.
+        wait_s: How long it waits for sites before it stops.
     """
     app = ServerApp()
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         del context
-        transport = GridTransport(grid, len(plan.cohort.names), poll_s=poll_s)
+        transport = GridTransport(
+            grid,
+            len(plan.cohort.names),
+            poll_s=poll_s,
+            connect_timeout_s=wait_s,
+            directory=directory,
+            quorum=plan.cohort.threshold,
+            waiting=waiting,
+        )
         study = Study(plan, run_id, roster, transport, observer, recorder or NoRecord())
         finished(study.run(), transport)
 
     return app
+
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Work on the run whose folder the coordinator's run config names."""
+    folder = RunFolder(Path(str(context.run_config[RUN_FOLDER])))
+    work(grid, context, folder, make_server_app)

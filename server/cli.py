@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from server import commands_project
+from server import commands_project, commands_run
 from shared.command import EXIT_CODES, folder_option, run_command
 
 _EPILOG = f"""\
@@ -18,6 +18,10 @@ examples:
   fedward-server project approve request.json      once its fingerprint was read to you
   fedward-server project kit city-hospital         what to send back
   fedward-server project list                      who is in, until when
+  fedward-server up                                run the server until Ctrl-C
+  fedward-server run plan.toml                     a study, shown as it goes
+  fedward-server run --resume                      go on after a crash
+  fedward-server status                            processes, connected sites, runs
 
 {EXIT_CODES}"""
 
@@ -38,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands_project.add_commands(commands)
+    commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_PROJECT", "."))
     folder_option(parser, "--project", default, "the project's folder, with project.toml")
     return parser

@@ -42,15 +42,19 @@ class Traffic:
 class GridTransport:
     """Sends each site's bytes to its Flower node and gathers the answers.
 
-    Flower knows nodes, not hospitals: which node is which site is learnt from the answers to
-    `join`, which goes to every node. A node that claims a name without the site's key gets no
-    further than set-up, where its signature fails.
+    Flower knows nodes, not hospitals. With a `directory` (deployment) each site is found by the
+    node key that it enrolled with. Without one, which node is which site is learnt from the
+    answers to `join`, which goes to every node; a node that claims a name without the site's key
+    gets no further than set-up, where its signature fails.
 
     Args:
         grid: Flower's Grid, any engine.
         sites: How many nodes to wait for before the first message.
         poll_s: Seconds between two looks for answers.
         connect_timeout_s: How long to wait for the nodes.
+        directory: The sites that are connected now, by name, and their nodes.
+        quorum: With a directory: a round begins once this many of its sites are connected.
+        waiting: Told the absent sites while it waits for them, and () once it goes on.
     """
 
     def __init__(
@@ -60,11 +64,15 @@ class GridTransport:
         *,
         poll_s: float = 0.2,
         connect_timeout_s: float = 300.0,
+        directory: Callable[[], Mapping[str, int]] | None = None,
+        quorum: int = 1,
+        waiting: Callable[[tuple[str, ...]], None] = lambda absent: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._grid, self._expected = grid, sites
         self._poll_s, self._connect_timeout_s = poll_s, connect_timeout_s
+        self._directory, self._quorum, self._waiting = directory, quorum, waiting
         self._clock, self._sleep = clock, sleep
         self._node_of: dict[str, int] = {}
         self.traffic: dict[str, Traffic] = {}
@@ -90,12 +98,37 @@ class GridTransport:
         Raises:
             CohortError: too few nodes are connected when the first message is due.
         """
-        if action == "join":
+        if self._directory is not None:
+            self._find(action, tuple(requests))
+            requests = {site: body for site, body in requests.items() if site in self._node_of}
+        elif action == "join":
             return self._join(requests, timeout_s)
         nodes = {self._node_of[site]: body for site, body in requests.items()}
         names = {self._node_of[site]: site for site in requests}
         replies = self._send(action, nodes, timeout_s)
         return {names[node]: body for node, body in self._accepted(action, replies, names).items()}
+
+    def _find(self, action: str, sites: tuple[str, ...]) -> None:
+        """Look the sites' nodes up; before set-up and before a round, wait for enough of them."""
+        needed = {"join": len(sites), "round": min(self._quorum, len(sites))}.get(action, 0)
+        deadline, told = self._clock() + self._connect_timeout_s, False
+        while True:
+            self._node_of = dict(self._directory()) if self._directory is not None else {}
+            absent = tuple(sorted(set(sites) - set(self._node_of)))
+            if len(sites) - len(absent) >= needed:
+                break
+            if self._clock() >= deadline:
+                raise CohortError(
+                    f"{len(sites) - len(absent)} of {len(sites)} sites are connected, and "
+                    f"{needed} are needed; waited {self._connect_timeout_s:.0f} s for "
+                    f"{', '.join(absent)}. Look into those sites' fedward-site status, then go on "
+                    "with fedward-server run --resume."
+                )
+            self._waiting(absent)
+            told = True
+            self._sleep(max(self._poll_s, 1.0))
+        if told:
+            self._waiting(())
 
     def _join(self, requests: Mapping[str, bytes], timeout_s: float) -> dict[str, bytes]:
         body = next(iter(requests.values()))

@@ -19,7 +19,13 @@ from simulations.hospitals import Hospital
 
 
 def write_sites(
-    base: Path, plan: StudyPlan, hospitals: Sequence[Hospital], *, seed: int, device: str
+    base: Path,
+    plan: StudyPlan,
+    hospitals: Sequence[Hospital],
+    *,
+    seed: int,
+    device: str,
+    identities: Mapping[str, Identity] | None = None,
 ) -> dict[str, bytes]:
     """Write one folder for each hospital under `base`, with a policy and the plan approved.
 
@@ -29,11 +35,12 @@ def write_sites(
         hospitals: Their data, one for each site of the plan.
         seed: Of the sites' randomness: a simulation may be repeated, a study never.
         device: auto, cpu or cuda.
+        identities: By site; new ones where left out.
 
     Returns:
         The roster: public identity of each site.
     """
-    identities = {h.name: Identity.generate() for h in hospitals}
+    identities = identities or {h.name: Identity.generate() for h in hospitals}
     roster = {name: identity.public for name, identity in identities.items()}
     for hospital in hospitals:
         folder = base / hospital.name
