@@ -1,0 +1,351 @@
+"""A project and its sites on this machine, as real processes: what the deployment tests start.
+
+Every process is started by the product's own commands in folders of its own, on free ports of
+loopback, and ended by its process id.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from site_cases import write_plan
+
+from client import enrolment
+from client.app import forget_sites
+from client.config import SiteFolder
+from server import provision
+from server.app import make_server_app
+from server.project import Project, ProjectSettings
+from server.rounds import StudyOutcome
+from shared.messages import decode
+from shared.plan import StudyPlan
+from shared.secagg.messages import Descriptor, Opening
+from shared.study import RoundRequest
+from shared.supervise import read_health
+from shared.version import fedward_version
+from simulations.engines import run_in_process
+from simulations.grid import Delivery, Direction, FaultHook
+from simulations.hospitals import Hospital, load_hospitals
+from simulations.scenario import Scenario, load_scenario
+from simulations.sites import write_sites
+
+ROOT = Path(__file__).resolve().parent.parent
+NODE_FILES = ("node_key", "node_key.pub", "kit.json", "coordinator.json", "request.json")
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for(what: str, check: Callable[[], Any], timeout_s: float = 90.0) -> Any:
+    """What `check` returns once it is true."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        found = check()
+        if found:
+            return found
+        time.sleep(0.2)
+    raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
+
+
+def breast_cancer(rounds: int, timeout_s: float = 90.0, **training: Any) -> Scenario:
+    """The default scenario, of four sites, with few rounds."""
+    scenario = load_scenario("breast_cancer")
+    changed = replace(scenario.plan.training, rounds=rounds, round_timeout_s=timeout_s, **training)
+    return replace(scenario, plan=replace(scenario.plan, training=changed))
+
+
+@dataclass
+class Process:
+    """A command that a test started, and all that it printed."""
+
+    popen: subprocess.Popen[bytes]
+    log: Path
+
+    @property
+    def text(self) -> str:
+        """What it printed so far."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        """Signal it, wait, and return its exit code."""
+        if self.popen.poll() is None:
+            self.popen.send_signal(number)
+        return self.popen.wait(30)
+
+
+def command(log: Path, *arguments: str, cwd: Path, env: Mapping[str, str] | None = None) -> Process:
+    """Start `python -m ...`."""
+    inherited = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with log.open("wb") as target:
+        popen = subprocess.Popen(
+            [sys.executable, "-P", "-m", *arguments],
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=target,
+            stderr=subprocess.STDOUT,
+            env=inherited | dict(env or {}),
+        )
+    return Process(popen, log)
+
+
+@dataclass
+class Deployment:
+    """A project with its sites enrolled; nothing runs yet."""
+
+    base: Path
+    scenario: Scenario
+    hospitals: tuple[Hospital, ...]
+    project: Project
+    processes: dict[str, Process] = field(default_factory=dict)
+
+    @property
+    def plan(self) -> StudyPlan:
+        """The study's plan."""
+        return self.scenario.plan
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The sites."""
+        return self.plan.cohort.names
+
+    def site(self, name: str) -> Path:
+        """A site's folder."""
+        return self.base / "sites" / name
+
+    def start_server(self) -> Process:
+        """`fedward-server up`, until its SuperLink answers."""
+        process = command(
+            self.base / "server.out",
+            *("server.cli", "up", "--project", str(self.project.path)),
+            cwd=self.base,
+        )
+        self.processes["server"] = process
+        wait_for("the SuperLink", self._link_answers)
+        return process
+
+    def _link_answers(self) -> bool:
+        health = self.health()
+        assert self.processes["server"].popen.poll() is None, self.processes["server"].text
+        return health is not None and health["problem"] == ""
+
+    def health(self) -> dict[str, Any] | None:
+        """The server's health file."""
+        return read_health(self.project.path / "health.json")
+
+    def start_site(self, name: str, env: Mapping[str, str] | None = None) -> Process:
+        """`fedward-site up`."""
+        process = command(
+            self.base / f"{name}.out",
+            *("client.cli", "--site", str(self.site(name)), "up"),
+            cwd=self.base,
+            env=env,
+        )
+        self.processes[name] = process
+        return process
+
+    def online(self) -> set[str]:
+        """The sites that the SuperLink calls online."""
+        health = self.health() or {"sites": {}}
+        return {name for name, site in health["sites"].items() if site["status"] == "online"}
+
+    def start_all(self) -> None:
+        """The server and all sites, until all are online."""
+        self.start_server()
+        for name in self.names:
+            self.start_site(name)
+        wait_for("all sites", lambda: self.online() == set(self.names), 120)
+
+    def run(self, *arguments: str) -> Process:
+        """`fedward-server run ...`, in the background."""
+        process = command(
+            self.base / f"run-{len(self.processes)}.out",
+            *("server.cli", "run", *arguments, "--project", str(self.project.path)),
+            cwd=self.base,
+        )
+        self.processes[f"run-{len(self.processes)}"] = process
+        return process
+
+    @property
+    def plan_file(self) -> Path:
+        """The plan as a file."""
+        return self.base / "plan.toml"
+
+    def latest_run(self) -> Path:
+        """The folder of the latest run."""
+        return max((self.project.path / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
+
+    def approve(self) -> None:
+        """What `fedward-site approve` does, at every site: one run each."""
+        for hospital in self.hospitals:
+            folder = SiteFolder(self.site(hospital.name))
+            with closing(folder.books(folder.config(), folder.identity())) as books:
+                books.approve(self.plan, books.population(hospital.train.patient_ids))
+
+    def rounds(self) -> list[dict[str, Any]]:
+        """rounds.jsonl of the latest run."""
+        file = self.latest_run() / "rounds.jsonl"
+        lines = file.read_text().split("\n")[:-1] if file.exists() else []
+        return [dict(json.loads(line)) for line in lines]
+
+    def now(self) -> float:
+        """Unix seconds."""
+        return time.time()
+
+    def free_port(self) -> int:
+        """See `free_port`."""
+        return free_port()
+
+    def status(self) -> dict[str, Any]:
+        """status.json of the latest run."""
+        file = self.latest_run() / "status.json"
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+
+    def site_pid(self, name: str, process: str) -> int:
+        """The process id of a site's supernode or worker."""
+        health = read_health(self.site(name) / "health.json")
+        assert health is not None
+        return int(health["processes"][process]["pid"])
+
+    def server_pid(self, process: str) -> int:
+        """The process id of one of the server's processes."""
+        health = self.health()
+        assert health is not None
+        return int(health["processes"][process]["pid"])
+
+    def end_all(self) -> None:
+        """End every command that was started, sites first."""
+        for process in reversed(self.processes.values()):
+            if process.popen.poll() is None:
+                process.popen.terminate()
+        for process in self.processes.values():
+            try:
+                process.popen.wait(40)
+            except subprocess.TimeoutExpired:
+                process.popen.kill()
+                process.popen.wait()
+
+    def words(self) -> str:
+        """Everything that was logged, for a failed test's message."""
+        files = [*self.base.glob("*.out"), *self.base.glob("*/logs/*.log")]
+        files += self.base.glob("sites/*/logs/*.log")
+        return "\n".join(f"== {f}\n{f.read_text(errors='replace')[-3000:]}" for f in files)
+
+
+def build(base: Path, scenario: Scenario) -> Deployment:
+    """Enrol every site of a scenario in a new project, with policy, data and approval."""
+    plan, now = scenario.plan, time.time()
+    address = f"127.0.0.1:{free_port()}"
+    settings = ProjectSettings(
+        schema="fedward-project/1",
+        name="trial",
+        advertise=address,
+        bind=address,
+        expires="2099-12-31",
+        requires_fedward=f"=={fedward_version()}",
+    )
+    project = provision.init(base / "project", settings, now)
+    enrolled = {}
+    for name in plan.cohort.names:
+        folder = SiteFolder(base / "enrolled" / name)
+        invitation = provision.invite(project, name, now)
+        request = enrolment.enrol(folder, invitation, now)
+        provision.approve(project, request, now)
+        enrolment.join(folder, (project.site_folder(name) / "kit.json").read_bytes(), now)
+        enrolled[name] = folder
+    hospitals = load_hospitals(scenario.simulation, plan)
+    identities = {name: folder.identity() for name, folder in enrolled.items()}
+    write_sites(
+        base / "sites",
+        plan,
+        hospitals,
+        seed=scenario.simulation.seed,
+        device="cpu",
+        identities=identities,
+    )
+    for name, folder in enrolled.items():
+        target = base / "sites" / name
+        (folder.path / "tls").rename(target / "tls")
+        for file in NODE_FILES:
+            (folder.path / file).rename(target / file)
+        _raise_cap(target / "policy.toml")
+    write_plan(plan, base / "plan.toml")
+    return Deployment(base, scenario, hospitals, project)
+
+
+def _raise_cap(policy: Path) -> None:
+    """Let one site take part in several studies, one after another."""
+    lines = policy.read_text().splitlines()
+    kept = [line for line in lines if not line.startswith("max_epsilon")]
+    policy.write_text("\n".join([*kept, "max_epsilon = 1000.0", ""]))
+
+
+def absent_from(contributors: Mapping[int, set[str]]) -> FaultHook:
+    """Loses the masked vector of every site that is not among a round's contributors."""
+    asked: dict[str, int] = {}
+
+    def hook(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
+        if action == "train.round":
+            if direction is Direction.TO_SITE:
+                opening = decode(Opening, decode(RoundRequest, body).opening)
+                asked[site] = decode(Descriptor, opening.descriptor).round
+            elif site not in contributors[asked[site]]:
+                return Delivery(())
+        return Delivery((body,))
+
+    return hook
+
+
+def in_process(live: Deployment, run_id: str) -> str:
+    """The hash of the model that the same study ends with in this process.
+
+    Each round has the contributors that it had in the deployment: the faults are the same.
+    """
+    contributors = {r["round"]: set(r["contributors"]) for r in live.rounds()}
+    done: list[StudyOutcome] = []
+    with tempfile.TemporaryDirectory() as base:
+        folders = {name: Path(base) / name for name in live.names}
+        roster = write_sites(
+            Path(base), live.plan, live.hospitals, seed=live.scenario.simulation.seed, device="cpu"
+        )
+        app = make_server_app(
+            live.plan,
+            run_id,
+            roster,
+            observer=lambda report: None,
+            finished=lambda outcome, transport: done.append(outcome),
+            poll_s=0.001,
+        )
+        try:
+            run_in_process(app, folders, absent_from(contributors))
+        finally:
+            forget_sites()
+    return done[0].state.digest().hex()
+
+
+@contextmanager
+def deployed(base: Path, scenario: Scenario) -> Iterator[Deployment]:
+    """A deployment whose processes all end with the block."""
+    deployment = build(base, scenario)
+    try:
+        yield deployment
+    except BaseException:
+        sys.stdout.write(deployment.words())
+        raise
+    finally:
+        deployment.end_all()

@@ -1,0 +1,207 @@
+"""A whole deployment on this machine: real SuperLink, proxy, SuperNodes and workers, over TLS.
+
+One project with four sites is started once, and everything here happens to it: a study, a site
+that is killed and comes back, a SuperLink that is killed, a changed bundle, a stranger, and
+whatever the outside may try.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from deployment import Deployment, breast_cancer, deployed, in_process, wait_for
+
+from client.config import SiteFolder
+from client.enrolment import make_node_key
+from server.link import Link, connect
+from server.up import running_link
+from shared.bundle import RUN_FOLDER, build_bundle, pack
+from shared.supervise import environment
+from simulations.scenario import Scenario
+
+pytestmark = pytest.mark.slow
+
+ROUNDS = 4
+
+
+@pytest.fixture(scope="module")
+def scenario() -> Scenario:
+    """Four sites with fixed noise, so that a run can be repeated in one process."""
+    return breast_cancer(ROUNDS, spare_rounds=2)
+
+
+@pytest.fixture(scope="module")
+def live(tmp_path_factory: pytest.TempPathFactory, scenario: Scenario) -> Iterator[Deployment]:
+    """The project, running, with all four sites connected."""
+    with deployed(tmp_path_factory.mktemp("deployment"), scenario) as deployment:
+        deployment.start_all()
+        yield deployment
+
+
+def finish(live: Deployment, process: Any) -> list[dict[str, Any]]:
+    """The rounds of a run that ends well."""
+    assert process.popen.wait(180) == 0, process.text
+    assert live.status()["state"] == "finished"
+    return live.rounds()
+
+
+def test_a_study_ends_with_the_model_that_one_process_computes(live: Deployment) -> None:
+    live.approve()
+    rounds = finish(live, live.run(str(live.plan_file)))
+    assert [r["contributors"] for r in rounds] == [list(live.names)] * (ROUNDS + 1)
+    run = live.latest_run()
+    assert live.status()["sha256"] == in_process(live, run.name)
+    for file in ("results.json", "report.html", "model.safetensors", "evidence/receipts.json"):
+        assert (run / file).stat().st_size > 0
+    results = json.loads((run / "results.json").read_text())
+    assert results["engine"] == "deployment"
+    assert len(results["privacy"]["sites"]) == 4
+
+
+def test_a_site_that_is_killed_drops_from_its_round_and_comes_back(live: Deployment) -> None:
+    live.approve()
+    process = live.run(str(live.plan_file))
+    wait_for("the first round", lambda: live.rounds() and live.status()["state"] == "running")
+    for child in ("supernode", "worker"):
+        os.kill(live.site_pid("county", child), signal.SIGKILL)
+    rounds = finish(live, process)
+    with_county = ["county" in r["contributors"] for r in rounds]
+    assert with_county[0]
+    assert all(len(r["contributors"]) >= 3 for r in rounds if not r["aborted"])
+    assert live.status()["sha256"] == in_process(live, live.latest_run().name)
+    wait_for("county", lambda: live.online() == set(live.names))
+
+
+def test_a_study_outlives_its_superlink(live: Deployment) -> None:
+    live.approve()
+    process = live.run(str(live.plan_file))
+    wait_for("the first round", live.rounds)
+    before = live.server_pid("superlink")
+    os.kill(before, signal.SIGKILL)
+    rounds = finish(live, process)
+    assert live.server_pid("superlink") != before
+    assert sum(not r["aborted"] for r in rounds) == ROUNDS + 1
+    assert live.status()["sha256"] == in_process(live, live.latest_run().name)
+
+
+def test_a_changed_bundle_is_refused_and_nothing_of_it_is_installed(live: Deployment) -> None:
+    live.approve()
+    with zipfile.ZipFile(io.BytesIO(build_bundle())) as bundle:
+        content = {name: bundle.read(name) for name in bundle.namelist() if name[0] != "."}
+    content["client/app.py"] += b"\nopen('/tmp/fedward-was-here', 'w').close()\n"
+    changed = pack(content)
+    with running_link(live.project) as link:
+        _start_changed(live, link, changed)
+    wait_for("the refusal", lambda: live.status().get("state") == "failed", 120)
+    assert "join" in live.status()["error"]
+    for name in live.names:
+        log = (live.site(name) / "logs" / "supernode.log").read_text()
+        assert "Nothing of it was unpacked" in log
+        assert not (live.site(name) / "flower" / "apps").exists()
+    assert not Path("/tmp/fedward-was-here").exists()  # noqa: S108
+
+
+def _start_changed(live: Deployment, link: Link, fab: bytes) -> None:
+    """As `fedward-server run`, with another bundle: what a coordinator could do."""
+    from flwr.common.serde import fab_to_proto, user_config_to_proto  # noqa: PLC0415
+    from flwr.proto.control_pb2 import StartRunRequest  # noqa: PLC0415
+    from flwr.supercore.fab import Fab  # noqa: PLC0415
+
+    from server.runs import new_run  # noqa: PLC0415
+
+    run = new_run(live.project, live.plan, 60.0, live.now())
+    request = StartRunRequest(
+        fab=fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {})),
+        override_config=user_config_to_proto({RUN_FOLDER: str(run.path)}),
+    )
+    assert link._client.StartRun(request).HasField("run_id")
+
+
+def test_a_stranger_with_the_authority_but_no_registered_key_is_refused(
+    live: Deployment, tmp_path: Path
+) -> None:
+    make_node_key(tmp_path / "stranger")
+    kit = SiteFolder(live.site("city")).kit()
+    found = subprocess.run(
+        [
+            *(sys.executable, "-P", "-m", "shared.child", "client.bundle:supernode"),
+            *("--superlink", kit.server),
+            *("--root-certificates", str(live.site("city") / "tls" / "ca.crt")),
+            *("--auth-supernode-private-key", str(tmp_path / "stranger")),
+            *("--isolation", "process", "--port", str(live.free_port())),
+        ],
+        env=environment(tmp_path / "home"),
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert found.returncode != 0
+    assert b"Failed to initialize the connection" in found.stdout + found.stderr
+    assert live.online() == set(live.names)
+
+
+def test_the_outside_reaches_no_other_path_and_takes_no_task(live: Deployment) -> None:
+    from flwr.proto.runtime_pb2 import AcquireTaskRequest  # noqa: PLC0415
+    from flwr.supercore.constant import TaskType  # noqa: PLC0415
+    from flwr.supercore.runtime import RuntimeHttpClient  # noqa: PLC0415
+
+    authority = (live.project.ca_certificate).read_bytes()
+    outside = str(live.project.bind)
+    verify = ssl.create_default_context(cadata=authority.decode())
+    with httpx.Client(base_url=f"https://{outside}", verify=verify) as client:
+        for path in (
+            "/v1/control/start-run",
+            "/v1/control/list-nodes",
+            "/v1/control/register-node",
+            "/v1/runtime/acquire-task",
+            "/v1/fleet/register-node",
+            "/docs",
+            "/openapi.json",
+            "/health",
+        ):
+            assert client.post(path).status_code == 404, path
+    request = AcquireTaskRequest(supported_task_types=[TaskType.SERVER_APP])
+    health = live.health()
+    assert health is not None
+    link = f"127.0.0.1:{health['link_port']}"
+    for address, status in ((outside, 404), (link, 401)):
+        thief = RuntimeHttpClient.from_server_address(address, False, authority, [])
+        with closing(thief), pytest.raises(httpx.HTTPStatusError) as refused:
+            thief.AcquireTask(request)
+        assert refused.value.response.status_code == status
+
+
+def test_the_superlink_listens_on_loopback_alone(live: Deployment) -> None:
+    health = live.health()
+    assert health is not None
+    other = _own_address()
+    with socket.socket() as probe:
+        probe.settimeout(2)
+        assert probe.connect_ex((other, int(health["link_port"]))) != 0
+    with connect(live.project, int(health["link_port"])) as link:
+        assert len(link.nodes()) == 4
+
+
+def _own_address() -> str:
+    """An address of this machine besides loopback."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            pytest.skip("this machine has no address besides loopback")
