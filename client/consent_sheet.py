@@ -50,7 +50,7 @@ def _learnt(plan: StudyPlan) -> list[str]:
     task, training = plan.task, plan.training
     image = task.image
     inputs = (
-        f"images of {image.channels} x {image.height} x {image.width}"
+        f"images of {' x '.join(map(str, (image.channels, *image.grid)))}"
         if image is not None
         else f"{len(task.features)} features: {', '.join(f.name for f in task.features)}"
     )

@@ -117,29 +117,30 @@ def fit_zscore(inputs: NDArray[np.float32]) -> ZScore:
 
 
 def scale_pixels(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Scale pixels from [0, white] to [-1, 1], clamped.
+    """Scale pixels from [black, white] to [-1, 1], clamped.
 
     Args:
-        image: The plan's image.
-        pixels: Any number type, shape (records, height, width) where channels is 1, else
-            (records, height, width, channels).
+        image: The plan's image or volume.
+        pixels: Any number type, shape (records, *image.grid) where channels is 1, else
+            (records, *image.grid, channels).
 
     Returns:
-        float32, shape (records, channels, height, width).
+        float32, shape (records, channels, *image.grid).
 
     Raises:
         ConfigError: the pixels have another shape.
     """
-    shape = (image.height, image.width)
-    if image.channels == 1 and pixels.shape[1:] == shape:
+    if image.channels == 1 and pixels.shape[1:] == image.grid:
         pixels = pixels[..., None]
-    if pixels.shape[1:] != (*shape, image.channels):
+    if pixels.shape[1:] != (*image.grid, image.channels):
+        size = " x ".join(map(str, image.grid))
         raise ConfigError(
-            f"images have shape {pixels.shape[1:]}; the plan needs {image.height} x "
-            f"{image.width} with {image.channels} channel(s). Resize the images, or change the plan"
+            f"images have shape {pixels.shape[1:]}; the plan needs {size} with {image.channels} "
+            "channel(s). Resize the images, or change the plan"
         )
-    scaled = pixels.astype(np.float32) * np.float32(2.0 / image.white) - np.float32(1.0)
-    return np.ascontiguousarray(np.clip(scaled, -1.0, 1.0).transpose(0, 3, 1, 2))
+    factor = np.float32(2.0 / (image.white - image.black))
+    scaled = (pixels.astype(np.float32) - np.float32(image.black)) * factor - np.float32(1.0)
+    return np.ascontiguousarray(np.moveaxis(np.clip(scaled, -1.0, 1.0), -1, 1))
 
 
 def _names_of(feature: FeaturePlan, encoding: str) -> Iterator[str]:

@@ -65,18 +65,36 @@ class FeaturePlan:
 
 @dataclass(frozen=True)
 class ImagePlan:
-    """The image every record must have; pixels are scaled from [0, white] to [-1, 1]."""
+    """The image or volume every record must have; values are scaled from [black, white] to [-1, 1].
+
+    `depth` 0 is a flat image; 1 or more is a volume of that many slices. `black` and `white` are
+    public: 0 and 255 for ordinary images, a window in Hounsfield units for CT.
+    """
 
     channels: int
     height: int
     width: int
+    depth: int = 0
+    black: float = 0.0
     white: float = 255.0
 
     def __post_init__(self) -> None:
         require(self.channels in (1, 3), f"channels is {self.channels}; valid: 1 or 3")
         require(8 <= self.height <= 1024, f"height is {self.height}; valid: 8 to 1024")
         require(8 <= self.width <= 1024, f"width is {self.width}; valid: 8 to 1024")
-        require(self.white > 0, f"white is {self.white:g}; it must be above 0")
+        require(
+            self.depth == 0 or 4 <= self.depth <= 1024,
+            f"depth is {self.depth}; valid: 0 (a flat image) or 4 to 1024",
+        )
+        require(
+            self.black < self.white,
+            f"black {self.black:g} is not below white {self.white:g}; swap them",
+        )
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """(height, width), or (depth, height, width) of a volume."""
+        return (self.depth, self.height, self.width)[0 if self.depth else 1 :]
 
 
 @dataclass(frozen=True)

@@ -26,19 +26,26 @@ def real_data() -> Path:
     return Path(folder)
 
 
+def _folder(real_data: Path, name: str) -> Path:
+    folder = real_data / name
+    if not folder.is_dir():
+        pytest.skip(f"no {name} in FEDWARD_TEST_DATA")
+    return folder
+
+
 @pytest.fixture
 def heart_folder(real_data: Path) -> Path:
     """The folder with the UCI heart-disease files and FLamby's split."""
-    folder = real_data / "heart_disease_4hospitals"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder.name} in FEDWARD_TEST_DATA")
-    return folder
+    return _folder(real_data, "heart_disease_4hospitals")
 
 
 @pytest.fixture
 def breastmnist_folder(real_data: Path) -> Path:
     """The folder with breastmnist.npz."""
-    folder = real_data / "breastmnist"
-    if not folder.is_dir():
-        pytest.skip(f"no {folder.name} in FEDWARD_TEST_DATA")
-    return folder
+    return _folder(real_data, "breastmnist")
+
+
+@pytest.fixture
+def adrenal_folder(real_data: Path) -> Path:
+    """The folder with adrenalmnist3d.npz."""
+    return _folder(real_data, "adrenalmnist3d")

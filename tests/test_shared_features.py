@@ -134,3 +134,13 @@ def test_images_of_another_size_are_refused() -> None:
 def test_an_image_task_has_no_columns() -> None:
     with pytest.raises(ConfigError, match="image"):
         feature_width(TaskPlan("ill", image=ImagePlan(1, 8, 8)))
+
+
+def test_a_volume_is_scaled_by_its_public_window() -> None:
+    image = ImagePlan(1, 8, 9, depth=4, black=-1000, white=400)
+    hounsfield = np.array([-2000, -1000, -300, 400, 3000]).repeat(288).reshape(5, 4, 8, 9)
+    scaled = scale_pixels(image, hounsfield)
+    assert scaled.shape == (5, 1, 4, 8, 9)
+    np.testing.assert_allclose(scaled[:, 0, 0, 0, 0], [-1, -1, 0, 1, 1], atol=1e-6)
+    with pytest.raises(ConfigError, match="the plan needs 4 x 8 x 9 with 1 channel"):
+        scale_pixels(image, np.zeros((1, 8, 9)))

@@ -31,6 +31,9 @@ PLANS = {
     "logistic": make_plan(),
     "mlp": make_plan("mlp", model={"hidden": [7, 3]}),
     "cnn": make_plan("cnn", image=24, model={"width": 6}),
+    "cnn3d": make_plan("cnn3d", image=12, depth=8, model={"width": 4}),
+    "pooled-linear": make_plan("pooled-linear", image=12, model={"width": 5}),
+    "pooled-linear-3d": make_plan("pooled-linear", image=12, depth=8, model={"width": 5}),
     "resnet18": make_plan("resnet18", image=24, model={"width": 8}),
     "resnet18-large": make_plan("resnet18", image=72, model={"width": 4}),
 }
@@ -92,7 +95,7 @@ def test_the_start_is_uniform_within_the_fan_in(plan: StudyPlan) -> None:
         if isinstance(part, nn.GroupNorm):
             assert torch.equal(part.weight, torch.ones_like(part.weight))
             assert torch.equal(part.bias, torch.zeros_like(part.bias))
-        elif isinstance(part, nn.Linear | nn.Conv2d):
+        elif isinstance(part, nn.Linear | nn.Conv2d | nn.Conv3d):
             bound = 1 / math.sqrt(part.weight[0].numel())
             values = torch.cat([p.detach().flatten() for p in part.parameters()])
             assert values.abs().max() <= bound
@@ -105,6 +108,7 @@ def test_the_start_is_uniform_within_the_fan_in(plan: StudyPlan) -> None:
 STARTS = {
     "logistic": "7e0e8789886474d4",
     "mlp": "ed489aa9f7bbae0e",
+    "cnn3d": "6372b39b38721640",
     "resnet18": "30a4b11a81deed21",
 }
 
@@ -226,3 +230,11 @@ def test_torchs_own_start_depends_on_the_plan_seed_alone_and_spares_the_global_s
     torch.manual_seed(2)
     assert np.array_equal(initial_parameters(plan), first)
     assert not np.array_equal(initial_parameters(make_plan("mlp")), first)
+
+
+@pytest.mark.parametrize(("name", "depth", "way"), [("cnn", 8, "cnn3d"), ("cnn3d", 0, "cnn")])
+def test_flat_models_take_no_volumes_and_the_other_way_round(
+    name: str, depth: int, way: str
+) -> None:
+    with pytest.raises(ConfigError, match=f"use {way}$"):
+        build_model(make_plan(name, image=12, depth=depth))

@@ -18,6 +18,7 @@ from shared.errors import ConfigError
 from shared.features import column_names
 from shared.plan import FeaturePlan, ImagePlan
 from simulations.hospitals import Hospital, deal_out, load_hospitals
+from simulations.run import RunOptions, execute, prepare
 from simulations.scenario import Scenario, load_scenario
 
 
@@ -261,3 +262,14 @@ def test_a_plan_that_the_source_cannot_answer() -> None:
         loaded(load_scenario("breast_cancer", ["task.features.0.name=mean radios"]))
     with pytest.raises(ConfigError, match="draws images"):
         loaded(load_scenario("breast_cancer", ["simulation.source=nodules"]))
+
+
+def test_volumes_are_learnt_privately(adrenal_folder: Path, tmp_path: Path) -> None:
+    scenario = load_scenario("adrenal", [f"simulation.folder={adrenal_folder}"])
+    hospitals = loaded(scenario)
+    assert hospitals[0].train.inputs.shape == (400, 1, 28, 28, 28)
+    assert sum(len(h.test.labels) for h in hospitals) == 298
+    assert float(hospitals[0].train.inputs.min()) == 0.0  # what is no gland
+    run = prepare(scenario, RunOptions(out=tmp_path / "run"))
+    results = execute(run, lambda report: None)
+    assert results["final"]["metrics"]["auroc"] > 0.7

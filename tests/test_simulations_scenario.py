@@ -12,6 +12,7 @@ from shared.features import feature_width
 from simulations.scenario import BUNDLED, list_scenarios, load_scenario
 
 NAMES = (
+    "adrenal",
     "breast_cancer",
     "breast_cancer_16",
     "breastmnist",

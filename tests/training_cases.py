@@ -20,7 +20,12 @@ DIVISOR = 0.5 * 20  # sample_rate times expected_patients of make_plan
 
 
 def make_plan(
-    name: str = "logistic", *, features: int = 5, image: int | None = None, **sections: Any
+    name: str = "logistic",
+    *,
+    features: int = 5,
+    image: int | None = None,
+    depth: int = 0,
+    **sections: Any,
 ) -> StudyPlan:
     """A four-site study of model `name`; sections override keys: training={"local_steps": 3}."""
     task: dict[str, Any] = {"label": "y"}
@@ -29,7 +34,7 @@ def make_plan(
             {"name": f"f{i}", "minimum": -1.0, "maximum": 1.0} for i in range(features)
         ]
     else:
-        task["image"] = {"channels": 1, "height": image, "width": image}
+        task["image"] = {"channels": 1, "height": image, "width": image, "depth": depth}
     private = sections.get("privacy", {}).get("mode", "local") != "none"
     training: dict[str, Any] = {"rounds": 10, "local_steps": 1, "learning_rate": 0.5}
     privacy: dict[str, Any] = {"mode": "local"}

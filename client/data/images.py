@@ -78,8 +78,9 @@ def read_image_folder(folder: Path, mapping: ImageMapping, task: TaskPlan) -> Re
         ConfigError: the folder, an image or a label does not fit; the message names the folder or
             its table, the row or image number, and the remedy.
     """
-    if task.image is None:
-        raise ConfigError(f"{folder} holds images, and the plan's task has a table of features.")
+    if task.image is None or task.image.depth:
+        kind = "a table of features" if task.image is None else "volumes; use DICOM or NIfTI"
+        raise ConfigError(f"{folder} holds flat images, and the plan's task has {kind}.")
     require(folder.is_dir(), f"{folder} is not a folder. Give the folder that holds the images.")
     table = folder / mapping.labels
     listed = table if table.is_file() else folder

@@ -1,8 +1,8 @@
 """MedMNIST files (.npz) to a PatientDataset, without ever unpickling.
 
 Source: Yang et al., "MedMNIST v2", Scientific Data 10:41, 2023: arrays {train,val,test}_images,
-(n, height, width) or with 3 channels, and {train,val,test}_labels, (n, 1). The files name no
-patients, so each image counts as one.
+(n, [depth,] height, width) or with 3 channels, and {train,val,test}_labels, (n, 1). The files
+name no patients, so each image counts as one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def read_npz(path: Path, task: TaskPlan, part: Part = "train") -> Reading:
     if task.image is None:
         raise ConfigError(f"{path} holds images, and the plan's task has a table of features.")
     require(path.is_file(), f"{path} does not exist. Check the path.")
-    images = _array(path, f"{part}_images", "uf", (3, 4))
+    images = _array(path, f"{part}_images", "uf", (3, 4, 5))
     labels = _array(path, f"{part}_labels", "ui", (1, 2))
     labels = labels.reshape(-1) if labels.shape[1:] in ((), (1,)) else labels
     require(

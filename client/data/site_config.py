@@ -9,8 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from client.data.dicom import read_dicom_folder
 from client.data.images import ImageMapping, read_image_folder
+from client.data.nifti import read_nifti_folder
 from client.data.npz import read_npz
+from client.data.scans import ScanMapping
 from client.data.table import Reading, TableMapping, read_table
 from shared.config import require
 from shared.plan import TaskPlan
@@ -21,20 +24,22 @@ class SourceConfig:
     """Where this hospital's own files lie, and how they answer a plan.
 
     Attributes:
-        kind: "table" (CSV or Parquet), "image-folder" or "npz".
+        kind: "table" (CSV or Parquet), "image-folder", "dicom", "nifti" or "npz".
         path: The file or folder; relative to site.toml.
         test_fraction: Share of the patients kept out of training, to test on.
         test_seed: Which patients those are.
         table: Required for a table, valid there only.
         images: For an image folder, valid there only.
+        scans: For DICOM and NIfTI, valid there only.
     """
 
-    kind: Literal["table", "image-folder", "npz"]
+    kind: Literal["table", "image-folder", "dicom", "nifti", "npz"]
     path: str
     test_fraction: float = 0.2
     test_seed: int = 0
     table: TableMapping | None = None
     images: ImageMapping = field(default_factory=ImageMapping)
+    scans: ScanMapping = field(default_factory=ScanMapping)
 
     def __post_init__(self) -> None:
         require(bool(self.path), "path is empty; name the file or folder with the data")
@@ -50,6 +55,10 @@ class SourceConfig:
         require(
             self.kind == "image-folder" or self.images == ImageMapping(),
             f"[source.images] is for kind 'image-folder', and this one is {self.kind!r}",
+        )
+        require(
+            self.kind in ("dicom", "nifti") or self.scans == ScanMapping(),
+            f"[dataset.scans] is for kinds 'dicom' and 'nifti', and this one is {self.kind!r}",
         )
 
 
@@ -69,4 +78,8 @@ def read_source(config: SourceConfig, folder: Path, task: TaskPlan) -> Reading:
         return read_table(path, config.table, task)
     if config.kind == "image-folder":
         return read_image_folder(path, config.images, task)
+    if config.kind == "dicom":
+        return read_dicom_folder(path, config.scans, task)
+    if config.kind == "nifti":
+        return read_nifti_folder(path, config.scans, task)
     return read_npz(path, task)

@@ -8,6 +8,7 @@ number, never a value or an identifier: an engineer may have to send them to som
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,15 +98,20 @@ class ReadingNotes:
         dropped: Rows left out because of missing values.
         clamped: Values outside the plausible range, by feature; only features that have some.
         missing: Missing values in the rows that were kept, likewise.
+        rejected: Files that were left out, by their path below the folder, and why. Such paths
+            may hold an identifier: for the engineer's terminal, not for a log.
+        warnings: What somebody should look at before the data are used.
     """
 
     rows: int
     dropped: int = 0
     clamped: dict[str, int] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
+    rejected: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """The notes as text for the local log."""
+        """The notes as text for the local log; of rejected files the reasons and their number."""
         notes = [f"{self.rows} rows read"]
         if self.dropped:
             notes.append(f"{self.dropped} incomplete rows left out")
@@ -114,7 +120,9 @@ class ReadingNotes:
             for name, count in self.clamped.items()
         ]
         notes += [f"{name}: {count} missing values" for name, count in self.missing.items()]
-        return notes
+        reasons = Counter(reason for _, reason in self.rejected)
+        notes += [f"{count} file(s) left out: {reason}" for reason, count in reasons.items()]
+        return [*notes, *self.warnings]
 
 
 @dataclass(frozen=True)

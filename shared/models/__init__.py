@@ -27,6 +27,8 @@ BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
     "logistic": table.logistic,
     "mlp": table.mlp,
     "cnn": image.cnn,
+    "cnn3d": image.cnn3d,
+    "pooled-linear": image.pooled_linear,
     "resnet18": image.resnet18,
 }
 
@@ -61,10 +63,10 @@ def build_model(plan: StudyPlan) -> nn.Module:
 
 
 def input_shape(plan: StudyPlan) -> tuple[int, ...]:
-    """The shape of one record: (features,), or (channels, height, width)."""
+    """The shape of one record: (features,), or (channels, [depth,] height, width)."""
     if plan.task.image is None:
         return (feature_width(plan.task),)
-    return (plan.task.image.channels, plan.task.image.height, plan.task.image.width)
+    return (plan.task.image.channels, *plan.task.image.grid)
 
 
 def check_model(module: nn.Module) -> None:
