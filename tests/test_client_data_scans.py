@@ -19,7 +19,7 @@ from pydicom.uid import generate_uid
 from client.data.dicom import read_dicom_folder
 from client.data.nifti import read_nifti_folder
 from client.data.scans import ScanMapping
-from client.data.site_config import DatasetConfig, read_dataset
+from client.data.site_config import SourceConfig, read_source
 from shared.errors import ConfigError
 from shared.plan import FeaturePlan, ImagePlan, TaskPlan
 
@@ -283,14 +283,14 @@ def test_nifti_volumes_whatever_way_the_scanner_turned_them(tmp_path: Path) -> N
 def test_a_site_reads_either_by_its_own_mapping(tmp_path: Path) -> None:
     put("CT_small.dcm", tmp_path / "ill" / "a.dcm")
     put("CT_small.dcm", tmp_path / "well" / "b.dcm", PatientID="P-2")
-    config = DatasetConfig("dicom", str(tmp_path))
-    assert read_dataset(config, TASK).data.patient_count == 2
+    config = SourceConfig("dicom", str(tmp_path))
+    assert read_source(config, tmp_path, TASK).data.patient_count == 2
     with pytest.raises(ConfigError, match="NIfTI holds volumes"):
-        read_dataset(replace(config, kind="nifti"), TASK)
+        read_source(replace(config, kind="nifti"), tmp_path, TASK)
     with pytest.raises(ConfigError, match="table of features"):
-        read_dataset(
+        read_source(
             config,
             replace(TASK, image=None, features=(FeaturePlan("age", minimum=0, maximum=120),)),
         )
     with pytest.raises(ConfigError, match="is for kinds 'dicom' and 'nifti'"):
-        DatasetConfig("npz", "x.npz", scans=ScanMapping(resize=True))
+        SourceConfig("npz", "x.npz", scans=ScanMapping(resize=True))

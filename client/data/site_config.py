@@ -58,7 +58,7 @@ class SourceConfig:
         )
         require(
             self.kind in ("dicom", "nifti") or self.scans == ScanMapping(),
-            f"[dataset.scans] is for kinds 'dicom' and 'nifti', and this one is {self.kind!r}",
+            f"[source.scans] is for kinds 'dicom' and 'nifti', and this one is {self.kind!r}",
         )
 
 
