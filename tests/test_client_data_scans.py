@@ -290,6 +290,7 @@ def test_a_site_reads_either_by_its_own_mapping(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="table of features"):
         read_source(
             config,
+            tmp_path,
             replace(TASK, image=None, features=(FeaturePlan("age", minimum=0, maximum=120),)),
         )
     with pytest.raises(ConfigError, match="is for kinds 'dicom' and 'nifti'"):
