@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import sys
 import time
 from pathlib import Path
@@ -14,7 +15,9 @@ from shared.errors import ConfigError, ProtocolError
 from shared.files import read_bytes
 from shared.identity import fingerprint
 from shared.kit import ROSTER, Member, day
+from shared.service import Service, write_files
 from shared.signed import schema_of
+from shared.version import fedward_version
 
 
 def add_commands(commands: Commands) -> None:
@@ -56,6 +59,12 @@ def add_commands(commands: Commands) -> None:
     trust.set_defaults(command=_trust, recorded="roster trust")
     show = actions.add_parser("show", help="what is pinned")
     show.set_defaults(command=_show)
+
+    service = commands.add_parser(
+        "service", help="write a systemd unit, a Dockerfile and a compose file for this site"
+    )
+    service.add_argument("--out", type=Path, metavar="DIR", help="default: SITE/service")
+    service.set_defaults(command=_service)
 
     renew = commands.add_parser("renew", help="ask to be admitted for longer")
     renew.add_argument(
@@ -102,10 +111,33 @@ def _join(arguments: argparse.Namespace) -> int:
     folder = SiteFolder(arguments.site)
     kit = enrolment.join(folder, read_bytes(arguments.kit, "kit"), time.time())
     print(f"Admitted to project {kit.project}, {kit.server}, until {day(kit.expires)}.\n")
+    _write_service(folder, None)
     if len(kit.roster) < 2:
         print("No other site is admitted yet. Pin them later: fedward-site roster trust ROSTER")
         return 0
     return _pin(folder, kit.roster, kit.roster_serial, arguments)
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    for file in _write_service(SiteFolder(arguments.site), arguments.out):
+        print(file)
+    return 0
+
+
+def _write_service(folder: SiteFolder, out: Path | None) -> tuple[Path, ...]:
+    name, project = folder.config().name, folder.project()
+    service = Service(
+        name="fedward-site",
+        description=f"Fedward site {name} of project {project}",
+        program=Path(sys.executable).parent / "fedward-site",
+        words=("up",),
+        folder=folder.path.resolve(),
+        user=getpass.getuser(),
+        variable="FEDWARD_SITE",
+        port=None,
+        version=fedward_version(),
+    )
+    return write_files(service, out or folder.path / "service")
 
 
 def _trust(arguments: argparse.Namespace) -> int:

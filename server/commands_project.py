@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import getpass
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from shared.command import Commands, heard
 from shared.files import read_bytes, replace_file
 from shared.identity import fingerprint
 from shared.kit import address, day
+from shared.service import Service, write_files
 from shared.version import fedward_version
 
 PORT = 8443
@@ -32,6 +35,11 @@ def add_commands(commands: Commands) -> None:
     roster = actions.add_parser("roster", help="the signed list of sites, and its fingerprints")
     roster.add_argument("--out", type=Path, metavar="FILE", help="write it there, to be sent")
     roster.set_defaults(command=_roster)
+    service = actions.add_parser(
+        "service", help="write a systemd unit, a Dockerfile and a compose file for the server"
+    )
+    service.add_argument("--out", type=Path, metavar="DIR", help="default: PROJECT/service")
+    service.set_defaults(command=_service)
     listing = actions.add_parser("list", help="every site, its state, until when")
     listing.set_defaults(command=_list)
 
@@ -103,6 +111,7 @@ def _init(arguments: argparse.Namespace) -> int:
         requires_fedward=f">={major}.{minor},<{major}.{int(minor) + 1}",
     )
     project = provision.init(folder, settings, now)
+    _write_service(project, None)
     print(
         f"Project {settings.name!r} in {folder}, until {settings.expires}.\n"
         f"Sites reach {settings.advertise}; the server listens on {settings.bind}.\n"
@@ -112,6 +121,28 @@ def _init(arguments: argparse.Namespace) -> int:
         f"Next: fedward-server project invite SITE --project {folder}"
     )
     return 0
+
+
+def _service(arguments: argparse.Namespace) -> int:
+    for file in _write_service(Project(arguments.project), arguments.out):
+        print(file)
+    return 0
+
+
+def _write_service(project: Project, out: Path | None) -> tuple[Path, ...]:
+    settings, folder = project.settings(), project.path.resolve()
+    service = Service(
+        name="fedward-server",
+        description=f"Fedward server of project {settings.name}",
+        program=Path(sys.executable).parent / "fedward-server",
+        words=("up", "--project", str(folder)),
+        folder=folder,
+        user=getpass.getuser(),
+        variable="FEDWARD_PROJECT",
+        port=project.bind.port,
+        version=fedward_version(),
+    )
+    return write_files(service, out or project.path / "service")
 
 
 def _invite(arguments: argparse.Namespace) -> int:
