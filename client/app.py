@@ -23,7 +23,16 @@ from shared.study import Refusal
 _LOG = logging.getLogger("fedward.client")
 
 TRAINING_ACTIONS = ("round",)
-QUERY_ACTIONS = ("join", "setup", "agree", "release", "refill", "recheck", "finish")
+QUERY_ACTIONS = (
+    "rollcall",
+    "join",
+    "setup",
+    "agree",
+    "release",
+    "refill",
+    "recheck",
+    "finish",
+)
 
 
 def site_folder(context: Context) -> Path:

@@ -39,6 +39,7 @@ from shared.secagg.ring import RingVector
 from shared.study import (
     Packed,
     Receipt,
+    Standing,
     VectorLayout,
     session_of,
     state_from_bytes,
@@ -153,9 +154,19 @@ class SiteRun:
         random = ChaChaRandom(bytes.fromhex(key)) if key else ChaChaRandom.from_system()
         return random.child(f"run {self.run_id}")
 
+    @property
+    def standing(self) -> Standing:
+        """How far this site is, for a server that lost sight of it."""
+        member = self.member
+        return Standing(0, member.next_round, member.transcript, member.active, member.lost)
+
     def accept(self, results: tuple[bytes, ...]) -> None:
-        """Take published results in order, and apply each sum once to the own model."""
-        for result in results:
+        """Take published results in order, and apply each sum once to the own model.
+
+        A server that was restarted may send some again: what comes up to the last one that this
+        site took is skipped, not believed.
+        """
+        for result in results[self.member.taken(results) :]:
             outcome = self.member.accept_result(result)
             if outcome.round <= int.from_bytes(self.store["applied"], "little"):
                 continue

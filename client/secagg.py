@@ -15,8 +15,9 @@ gives the same bytes to the same request, and refuses what it must. PROTOCOL.md 
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 
 from client import (
     secagg_batches,
@@ -188,6 +189,24 @@ class Member:
     def transcript(self) -> bytes:
         """T, the chain over all rounds so far; 32 bytes."""
         return self._progress().transcript
+
+    def taken(self, results: Sequence[bytes]) -> int:
+        """How many of these results are behind this site, which ended its last round with one."""
+        if len(results) < 2:
+            return 0  # `accept_result` itself knows the last one again
+        last = self._progress().last_result
+        hashes = [hashlib.sha256(result).digest() for result in results]
+        return hashes.index(last) + 1 if last in hashes else 0
+
+    @property
+    def active(self) -> bool:
+        """Whether the set-up is complete."""
+        return self._progress().active
+
+    @property
+    def lost(self) -> bool:
+        """Whether the state is known to be older than this site's own signatures."""
+        return self._progress().lost
 
     @property
     def next_round(self) -> int:

@@ -27,10 +27,13 @@ from shared.study import (
     Join,
     Joined,
     PhaseRequest,
+    Present,
     Rechecked,
     RecheckRequest,
+    Rollcall,
     RoundRequest,
     SetupStep,
+    SignedPresent,
     SignedReceipt,
 )
 
@@ -57,6 +60,7 @@ class Site:
         self._asked = ""  # the run that the message at hand is about
         self._runs: dict[str, SiteRun] = {}
         self._actions: dict[str, Callable[[bytes], bytes]] = {
+            "rollcall": self._rollcall,
             "join": self._join,
             "setup": self._setup,
             "round": self._round,
@@ -71,7 +75,7 @@ class Site:
         """Answer one message.
 
         Args:
-            action: join, setup, round, agree, release, refill, recheck or finish.
+            action: rollcall, join, setup, round, agree, release, refill, recheck or finish.
             body: The message's bytes, from an untrusted server.
 
         Returns:
@@ -124,6 +128,13 @@ class Site:
         request = decode(cls, body)
         self._asked = request.run_id
         return request
+
+    def _rollcall(self, body: bytes) -> bytes:
+        request = self._read(Rollcall, body)
+        known = (self._run_folder(request.run_id) / "state.db").exists()
+        standing = self._run(request.run_id).standing if known else None
+        present = encode(Present(request.run_id, request.nonce, self.config.name, standing))
+        return encode(SignedPresent(present, self.identity.sign("present", present)))
 
     def _join(self, body: bytes) -> bytes:
         request = self._read(Join, body)

@@ -10,7 +10,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.evidence import NoRecord, Recorder
 from server.live import RunFolder, work
-from server.rounds import Observer, Study, StudyOutcome
+from server.outcome import Observer, StudyOutcome
+from server.rounds import Study
 from server.transport import GridTransport
 from shared.bundle import RUN_FOLDER
 from shared.plan import StudyPlan
@@ -31,6 +32,8 @@ def make_server_app(
     directory: Directory | None = None,
     waiting: Callable[[tuple[str, ...]], None] = lambda absent: None,
     wait_s: float = 300.0,
+    checkpoint: Path | None = None,
+    durable: bool = True,
 ) -> ServerApp:
     """Build the ServerApp of one run of a plan.
 
@@ -45,6 +48,9 @@ def make_server_app(
         directory: The connected sites and their nodes; see `GridTransport`.
         waiting: Told the absent sites while the study waits for them.
         wait_s: How long it waits for sites before it stops.
+        checkpoint: Folder in which the study's progress is kept. Where it holds some already, the
+            study goes on from there; nothing is trained or charged twice.
+        durable: Whether the checkpoint waits for the disk; simulations do not.
     """
     app = ServerApp()
 
@@ -60,7 +66,19 @@ def make_server_app(
             quorum=plan.cohort.threshold,
             waiting=waiting,
         )
-        study = Study(plan, run_id, roster, transport, observer, recorder or NoRecord())
+        if checkpoint is None:
+            study = Study(plan, run_id, roster, transport, observer, recorder or NoRecord())
+        else:
+            study = Study.resume(
+                plan,
+                run_id,
+                roster,
+                transport,
+                observer,
+                checkpoint=checkpoint,
+                recorder=recorder,
+                durable=durable,
+            )
         finished(study.run(), transport)
 
     return app

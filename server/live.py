@@ -184,6 +184,7 @@ class _Live:
             directory=directory,
             waiting=self._waiting,
             wait_s=self._record.wait_s,
+            checkpoint=self._folder.checkpoint,
         )
         try:
             app(self._grid, context)

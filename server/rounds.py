@@ -2,22 +2,31 @@
 
 The server routes and adds. It holds no key, sees sums alone, and never sends a model: it
 publishes each sum, from which every site computes the next model itself, as the server does.
+
+With a checkpoint folder it may be killed at any moment. What it must not forget is on disk before
+its bytes leave: the checkpoint after every round, and within a round what the sites are asked to
+sign. `Study.resume` sends the very same requests again, and the sites answer from their stores.
 """
 
 from __future__ import annotations
 
+import os
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from server.checkpoint import Checkpoints
 from server.evidence import NoRecord, Recorder
+from server.outcome import Observer, RoundReport, StudyOutcome, Traffic
+from server.progress import Keeper, Progress, SiteProgress
+from server.rollcall import RollCall
 from server.secagg import Relay
-from shared.errors import CohortError, ProtocolError
+from shared.errors import CohortError, ConfigError, ProtocolError
 from shared.evidence import Witness
 from shared.identity import verify
 from shared.messages import decode, encode
@@ -40,6 +49,8 @@ from shared.study import (
     session_of,
 )
 
+__all__ = ["Observer", "RoundReport", "Study", "StudyOutcome", "Transport"]
+
 
 class Transport(Protocol):
     """How bytes reach the sites and come back."""
@@ -52,6 +63,15 @@ class Transport(Protocol):
         Sites that refused, failed or stayed silent are missing from the result.
         """
 
+    def roll_call(
+        self, body: bytes, name_of: Callable[[bytes], str], *, least: int, timeout_s: float
+    ) -> dict[str, bytes]:
+        """Ask every node which site it is; answers that `name_of` accepts, by its names."""
+
+    @property
+    def traffic(self) -> dict[str, Traffic]:
+        """What each phase has sent so far."""
+
     @property
     def bytes_up(self) -> int:
         """Bytes received from sites so far."""
@@ -61,58 +81,11 @@ class Transport(Protocol):
         """Bytes sent to sites so far."""
 
 
-@dataclass(frozen=True)
-class RoundReport:
-    """What one round of the secure sum did.
-
-    Attributes:
-        round_no: The round's number, aborted ones counted.
-        model_round: Finished training rounds before it.
-        contributors: Sites in the sum; empty when the round aborted.
-        dropped: Sites of the cohort that are not in the sum.
-        reason: Why the round aborted, or "".
-        counts: Summed counts of test patients, of the model that the round started from; float64,
-            in patients, noise included. Empty unless the plan releases them in this round.
-    """
-
-    round_no: int
-    model_round: int
-    trained: bool
-    cohort: tuple[str, ...]
-    contributors: tuple[str, ...]
-    dropped: tuple[str, ...]
-    reason: str
-    counts: NDArray[np.float64]
-    wall_s: float
-    inputs_s: float
-    bytes_up: int
-    bytes_down: int
-
-
-@dataclass(frozen=True)
-class StudyOutcome:
-    """A finished study."""
-
-    state: ModelState
-    reports: tuple[RoundReport, ...]
-    receipts: dict[str, SignedReceipt]
-    transcript: bytes
-
-
-Observer = Callable[[RoundReport], None]
-
 REFILL_EXCHANGES = 8
 """Messages to each site after which a refill of prekeys is given up; it takes three or four."""
 
-
-@dataclass
-class _Site:
-    """What the server knows of a site's progress."""
-
-    activation: bytes | None
-    seen: int = 0
-    misses: int = 0
-    wait: int = 0
+ROLL_CALL_S = 120.0
+"""Seconds for a site to say its name."""
 
 
 @dataclass
@@ -126,6 +99,12 @@ class Study:
         transport: How bytes travel.
         observer: Called after every round.
         recorder: Keeps the evidence.
+        checkpoint: Folder for a checkpoint after every round; None for a study that need not
+            survive a crash. `resume` goes on from one.
+        durable: Whether the checkpoint waits for the disk; simulations do not.
+
+    Raises:
+        ConfigError: the folder holds a checkpoint already.
     """
 
     plan: StudyPlan
@@ -134,49 +113,108 @@ class Study:
     transport: Transport
     observer: Observer = field(default=lambda report: None)
     recorder: Recorder = field(default_factory=NoRecord)
+    checkpoint: Path | None = None
+    durable: bool = True
 
     def __post_init__(self) -> None:
         """Build the starting model, which every site builds alike from the plan."""
         spec = parameter_spec(build_model(self.plan))
         self._layout = VectorLayout(self.plan, spec.length)
         session = session_of(self.plan, self.run_id, self.roster, spec.length)
-        self._relay = Relay(session)
+        start = initial_state(self.plan.optimizer, initial_parameters(self.plan))
+        self._at = Progress(start, Relay(session))
         self._witness = Witness(session, self.recorder.keep)
-        self.state = initial_state(self.plan.optimizer, initial_parameters(self.plan))
-        self._sites: dict[str, _Site] = {}
-        self._results: deque[bytes] = deque(maxlen=MAX_RESULTS)
-        self._published = 0
-        self._round_no = 0
         self._timeout_s = self.plan.training.round_timeout_s
+        self._underway = b""
+        self._keeper: Keeper | None = None
+        if self.checkpoint is not None:
+            disk = Checkpoints(self.checkpoint, durable=self.durable)
+            if disk.exists:
+                raise ConfigError(
+                    f"{self.checkpoint} holds the checkpoint of a study. Resume that one, or give "
+                    "another folder."
+                )
+            self._keeper = Keeper(disk, self.plan, self.run_id)
+
+    @classmethod
+    def resume(
+        cls,
+        plan: StudyPlan,
+        run_id: str,
+        roster: dict[str, bytes],
+        transport: Transport,
+        observer: Observer,
+        *,
+        checkpoint: Path,
+        recorder: Recorder | None = None,
+        durable: bool = True,
+    ) -> Study:
+        """Go on with a study whose server was killed; begin it, where it was killed in set-up.
+
+        A round that was open is repeated: the sites are sent the very same requests and answer
+        them from their stores, so that nothing is trained or charged twice.
+
+        Raises:
+            ConfigError: the checkpoint is of another run, plan or roster, or is damaged.
+        """
+        disk, recorder = Checkpoints(checkpoint, durable=durable), recorder or NoRecord()
+        if not disk.exists:
+            return cls(plan, run_id, roster, transport, observer, recorder, checkpoint, durable)
+        study = cls(plan, run_id, roster, transport, observer, recorder)
+        study.checkpoint, study.durable = checkpoint, durable
+        study._keeper = Keeper(disk, plan, run_id)
+        loaded = disk.load()
+        study._at, traffic = study._keeper.restore(loaded, study._at.relay)
+        study._underway = loaded.underway
+        transport.traffic.update(traffic)
+        return study
+
+    @property
+    def state(self) -> ModelState:
+        """Model and optimiser state after the last sum."""
+        return self._at.state
+
+    @property
+    def _relay(self) -> Relay:
+        return self._at.relay
 
     def run(self) -> StudyOutcome:
-        """Run the study to its end.
+        """Run the study to its end, from where it stands.
 
         Raises:
             CohortError: too few sites answered, more often than the plan allows.
             ProtocolError: a site sent what it must not, and too few others remain.
         """
-        self._set_up()
-        reports = []
-        training, aborts = self.plan.training, 0
-        evaluates = self.plan.evaluation.release != "none"
-        last = training.rounds + (1 if evaluates else 0)
-        finished = 0
-        while finished < last:
-            report = self._round()
-            reports.append(report)
-            self.observer(report)
-            if not report.reason:
-                finished += 1
-                continue
-            aborts += 1
-            if aborts > training.spare_rounds:
+        at, training = self._at, self.plan.training
+        roll = RollCall(self.run_id, self.roster, os.urandom(32))
+        self.transport.roll_call(
+            roll.question,
+            roll.name_of,
+            least=self.plan.cohort.threshold if at.sites else len(self.roster),
+            timeout_s=min(self._timeout_s, ROLL_CALL_S),
+        )
+        if not at.sites:
+            self._set_up()
+            self._save()
+        last = training.rounds + (1 if self.plan.evaluation.release != "none" else 0)
+        while at.finished < last:
+            if at.aborts > training.spare_rounds:
                 raise CohortError(
-                    f"round {report.round_no} aborted: {report.reason}. The plan pays for "
+                    f"round {at.round_no} aborted: {at.reports[-1].reason}. The plan pays for "
                     f"{training.spare_rounds} spare rounds and they are used up."
                 )
+            report = self._round()
+            at.reports.append(report)
+            at.finished += not report.reason
+            at.aborts += bool(report.reason)
+            self._save()
+            self.observer(report)
         receipts = self._finish()
-        return StudyOutcome(self.state, tuple(reports), receipts, self._relay.transcript)
+        return StudyOutcome(self.state, tuple(at.reports), receipts, self._relay.transcript)
+
+    def _save(self) -> None:
+        if self._keeper is not None:
+            self._keeper.save(self._at, self.transport.traffic)
 
     def _set_up(self) -> None:
         names = self.plan.cohort.names
@@ -189,7 +227,7 @@ class Study:
             self._witness.deliveries(requests[names[0]])
             requests = take(self._step(step, requests))
         activation = self._relay.confirmed(self._step(4, requests))
-        self._sites = {name: _Site(activation[name]) for name in names}
+        self._at.sites = {name: SiteProgress(activation[name]) for name in names}
 
     def _step(self, step: int, requests: Mapping[str, bytes]) -> dict[str, bytes]:
         bodies = {
@@ -210,15 +248,15 @@ class Study:
         return replies
 
     def _round(self) -> RoundReport:
-        self._round_no += 1
-        started = time.perf_counter()
+        at, started = self._at, time.perf_counter()
         up, down = self.transport.bytes_up, self.transport.bytes_down
         model_round = self.state.round_no
         trained = model_round < self.plan.training.rounds
         present = self._choose_cohort()
         self._refill(present)
+        at.round_no += 1
         openings = self._relay.open_round(
-            self._round_no, model_hash=self.state.digest(), cohort=present
+            at.round_no, model_hash=self.state.digest(), cohort=present
         )
         for record in self._relay.batch_records:
             self.recorder.keep(record)
@@ -232,18 +270,17 @@ class Study:
             result = self._relay.publish()
             if trained:
                 update = self._layout.update_of(total, contributors)
-                self.state = apply_update(self.plan.optimizer, self.state, update)
+                at.state = apply_update(self.plan.optimizer, at.state, update)
             counts = self._layout.released_counts(total, model_round)
         except ProtocolError as error:
             reason = str(error)
             result = self._relay.abort(reason)
         self._witness.result(result)
         self.recorder.publish(result)
-        self._results.append(result)
-        self._published += 1
-        self._note_absent(cohort, contributors)
+        at.publish(result)
+        at.note_absent(cohort, contributors)
         return RoundReport(
-            round_no=self._round_no,
+            round_no=at.round_no,
             model_round=model_round,
             trained=trained,
             cohort=cohort,
@@ -260,70 +297,63 @@ class Study:
     def _refill(self, present: tuple[str, ...]) -> None:
         """Ask for new prekeys apart from rounds, where the refill within rounds did not do."""
         for _ in range(REFILL_EXCHANGES):
-            if self._relay.covers(self._round_no):
+            if self._relay.covers(self._at.round_no + 1):
                 return
             bodies = self._relay.refill_requests(present)
             self._phase("refill", bodies, self._relay.add_refill)
+            self._save()
 
     def _choose_cohort(self) -> tuple[str, ...]:
         """All sites but those that were absent lately; they are asked again ever more rarely."""
-        present = []
-        for name, site in self._sites.items():
-            behind = self._published - site.seen
-            if site.wait > 0:
-                site.wait -= 1
-            elif behind <= MAX_RESULTS:
+        present, at = [], self._at
+        for name, site in at.sites.items():
+            if site.wait == 0 and at.published - site.seen <= MAX_RESULTS:
                 present.append(name)
         if len(present) < self.plan.cohort.threshold:
-            return tuple(sorted(self._sites))
+            return tuple(sorted(at.sites))
         return tuple(sorted(present))
-
-    def _note_absent(self, cohort: tuple[str, ...], contributors: tuple[str, ...]) -> None:
-        for name in cohort:
-            site = self._sites[name]
-            if name in contributors or not contributors:
-                site.misses = 0
-            else:
-                site.misses += 1
-                site.wait = min(2 ** (site.misses - 1), 32) - 1
 
     def _collect(self, openings: Mapping[str, bytes]) -> float:
         """Ask the cohort for masked vectors; returns the seconds until they were in."""
         started = time.perf_counter()
-        requests = {
-            name: encode(self._request(name, opening)) for name, opening in openings.items()
-        }
+        asked = tuple(openings)
+        if self._underway:
+            asked = self._relay.go_on(self._underway)
+            self._underway = b""
+        requests = {name: encode(self._request(name, openings[name])) for name in asked}
         for name, reply in self.transport.exchange("round", requests, self._timeout_s).items():
             try:
                 self._relay.add_masked(name, reply)
             except ProtocolError:
                 continue
-            site = self._sites[name]
-            site.activation, site.seen = None, self._published
+            site = self._at.sites[name]
+            site.activation, site.seen = None, self._at.published
         return time.perf_counter() - started
 
     def _request(self, name: str, opening: bytes) -> RoundRequest:
-        site = self._sites[name]
+        site = self._at.sites[name]
         return RoundRequest(
             run_id=self.run_id,
             activation=site.activation,
-            results=self._results_since(site.seen),
+            results=self._at.results_since(site.seen),
             opening=opening,
         )
 
-    def _results_since(self, seen: int) -> tuple[bytes, ...]:
-        behind = self._published - seen
-        return tuple(self._results)[len(self._results) - behind :] if behind else ()
-
     def _unmask(self) -> NDArray[np.uint32]:
         """Agree on who is in, open the masks, and return the sum."""
-        inputs = self._relay.close_inputs()
+        requests = self._relay.close_inputs()
         self._witness.attestations(self._relay.attestations)
-        self._phase("agree", inputs, self._relay.add_agreement)
+        self._note_underway()
+        self._phase("agree", requests, self._relay.add_agreement)
         requests = self._relay.close_agreement()
         if requests:
+            self._note_underway()
             self._phase("release", requests, self._relay.add_release)
         return self._relay.unmask()
+
+    def _note_underway(self) -> None:
+        if self._keeper is not None:
+            self._keeper.note_underway(self._relay.underway())
 
     def _phase(
         self, action: str, bodies: Mapping[str, bytes], add: Callable[[str, bytes], None]
@@ -332,6 +362,8 @@ class Study:
             name: encode(PhaseRequest(run_id=self.run_id, body=body))
             for name, body in bodies.items()
         }
+        if not requests:
+            return
         for name, reply in self.transport.exchange(action, requests, self._timeout_s).items():
             try:
                 add(name, reply)
@@ -344,11 +376,11 @@ class Study:
             name: encode(
                 RecheckRequest(
                     run_id=self.run_id,
-                    results=self._results_since(site.seen),
+                    results=self._at.results_since(site.seen),
                     packages=self._relay.recheck_packages(name),
                 )
             )
-            for name, site in self._sites.items()
+            for name, site in self._at.sites.items()
         }
         for name, reply in self.transport.exchange("recheck", requests, self._timeout_s).items():
             try:
@@ -356,7 +388,7 @@ class Study:
                     self._relay.add_recheck(name, attestation)
             except ProtocolError:
                 continue
-            self._sites[name].seen = self._published
+            self._at.sites[name].seen = self._at.published
         self._witness.attestations(self._relay.attestations)
         return self._relay.settlement()
 
@@ -367,11 +399,11 @@ class Study:
             name: encode(
                 FinishRequest(
                     run_id=self.run_id,
-                    results=self._results_since(site.seen),
+                    results=self._at.results_since(site.seen),
                     settlement=settlement,
                 )
             )
-            for name, site in self._sites.items()
+            for name, site in self._at.sites.items()
         }
         replies = self.transport.exchange("finish", requests, self._timeout_s)
         receipts = {name: decode(SignedReceipt, reply) for name, reply in replies.items()}

@@ -28,17 +28,17 @@ A reply that is refused raises an error that names the site; the round goes on w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from server.secagg_prekeys import Prekeys, SavedPrekeys
 from server.secagg_recheck import Kept, Openings, Rechecks
 from server.secagg_refill import Refill, Stage
-from server.secagg_round import RelayRound
+from server.secagg_round import RelayRound, Underway
 from server.secagg_setup import Deal, check_deal, deliveries
 from shared.errors import CohortError, ConfigError, ProtocolError
-from shared.messages import U32, Blob, Maybe, Nested, decode, encode, message
+from shared.messages import U32, Blob, Many, Maybe, Nested, decode, encode, message
 from shared.secagg import transcript
 from shared.secagg.messages import (
     MAX_REASON_BYTES,
@@ -67,6 +67,7 @@ class Snapshot:
     prekeys: Annotated[SavedPrekeys, Nested(SavedPrekeys)]
     open_descriptor: Annotated[bytes, Blob()]
     kept: Annotated[Kept | None, Maybe(Nested(Kept))]
+    attestations: Annotated[tuple[Attestation, ...], Many(Nested(Attestation))]
 
 
 class Relay:
@@ -188,7 +189,7 @@ class Relay:
                 `recheck_packages` first, or abort.
         """
         opened, rechecks = self._open(), self._rechecks
-        if rechecks is not None and not rechecks.complete:
+        if rechecks is not None and not rechecks.complete and not opened.goes_on:
             raise CohortError(
                 "too few sites rechecked the last published sum for the others to go on; send "
                 "recheck_packages to the sites whose vectors came"
@@ -300,12 +301,42 @@ class Relay:
 
     # Checkpoints.
 
-    def snapshot(self) -> bytes:
-        """Everything, for a checkpoint; take it after `open_round` and after `publish` or
-        `abort`, and store it **before** their bytes leave.
+    def go_on(self, underway: bytes) -> tuple[str, ...]:
+        """Right after `open_round`: take the round up where a relay that was killed left it.
 
-        A round that was open when the relay stopped can only be aborted after `restore`.
+        Args:
+            underway: Its last `underway`.
+
+        Returns:
+            The sites to ask for their vectors once more; the others count as dropped.
+
+        Raises:
+            ProtocolError: it is of another round, or damaged.
         """
+        return self._open().go_on(decode(Underway, underway))
+
+    def underway(self) -> bytes:
+        """For `go_on`; store it after `close_inputs` and after `close_agreement`, **before** their
+        bytes leave: a site that signed one set signs no other.
+        """
+        return encode(self._open().underway())
+
+    @property
+    def vectors(self) -> tuple[bytes, ...]:
+        """The masked vectors behind the last sum, for a checkpoint that keeps them apart."""
+        kept = self._rechecks.kept if self._rechecks else None
+        return tuple(kept.wires[e.name] for e in kept.contributions) if kept else ()
+
+    def snapshot(self, *, vectors: bool = True) -> bytes:
+        """Everything, for a checkpoint, without the masked vectors where these are kept apart.
+
+        Taken between two rounds it is enough to repeat the next one: `open_round` then makes the
+        very same requests, and sites answer those from their stores. Taken after `open_round`, the
+        open round can only be aborted after `restore`.
+        """
+        kept = self._rechecks.kept if self._rechecks else None
+        if kept is not None and not vectors:
+            kept = replace(kept, wires={})
         return encode(
             Snapshot(
                 session=self.session.hash(),
@@ -313,13 +344,14 @@ class Relay:
                 next_round=self.next_round,
                 prekeys=self._prekeys.save(),
                 open_descriptor=self._round.descriptor if self._round else b"",
-                kept=self._rechecks.kept if self._rechecks else None,
+                kept=kept,
+                attestations=self._rechecks.attestations if self._rechecks else (),
             )
         )
 
     @classmethod
-    def restore(cls, session: Session, data: bytes) -> Relay:
-        """Go on from a `snapshot`.
+    def restore(cls, session: Session, data: bytes, vectors: Sequence[bytes] = ()) -> Relay:
+        """Go on from a `snapshot`; `vectors` where it was taken without.
 
         Raises:
             ConfigError: it is of another session.
@@ -331,7 +363,9 @@ class Relay:
         relay = cls(session)
         relay.transcript, relay.next_round = saved.transcript, saved.next_round
         relay._prekeys = Prekeys.restore(session, saved.prekeys, relay.faults)
-        relay._rechecks = Rechecks(session, saved.kept) if saved.kept else None
+        if saved.kept is not None:
+            relay._rechecks = Rechecks(session, _whole(saved.kept, vectors))
+            relay._rechecks.restore(saved.attestations)
         if saved.open_descriptor:
             batch = relay._prekeys.batch_of(decode(Descriptor, saved.open_descriptor).round)
             relay._round = RelayRound(session, batch, saved.open_descriptor)
@@ -368,3 +402,13 @@ class Relay:
         if self._round is None:
             raise ProtocolError(_NO_ROUND)
         return self._round
+
+
+def _whole(kept: Kept, vectors: Sequence[bytes]) -> Kept:
+    names = [entry.name for entry in kept.contributions]
+    if vectors and len(vectors) != len(names):
+        raise ProtocolError(f"{len(vectors)} masked vectors are kept of {len(names)}")
+    wires = dict(zip(names, vectors, strict=True)) if vectors else kept.wires
+    if set(wires) != set(names):
+        raise ProtocolError("the masked vectors behind the last sum are missing")
+    return replace(kept, wires=wires)

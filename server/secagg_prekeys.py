@@ -10,7 +10,7 @@ from server.secagg_refill import Refill, SavedRefill, Stage
 from server.secagg_setup import Batch
 from shared.errors import ProtocolError
 from shared.messages import U32, Blob, ByName, Many, Maybe, Nested, decode, encode
-from shared.secagg.messages import MAX_SITES, Hash, RefillStep
+from shared.secagg.messages import MAX_SITES, Hash, Names, RefillStep
 from shared.secagg.session import Session
 
 REFILL_MARGIN = 12
@@ -28,6 +28,7 @@ class SavedPrekeys:
     batches: Annotated[tuple[Batch, ...], Many(Nested(Batch))]
     unactivated: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
     refill: Annotated[SavedRefill | None, Maybe(Nested(SavedRefill))]
+    left_out: Names
 
 
 class Prekeys:
@@ -112,6 +113,7 @@ class Prekeys:
             batches=tuple(self._batches),
             unactivated=self._unactivated,
             refill=self._refill.save() if self._refill else None,
+            left_out=tuple(sorted(self._left_out)),
         )
 
     @classmethod
@@ -121,6 +123,7 @@ class Prekeys:
         prekeys._next_batch = saved.next_batch
         prekeys._batches = list(saved.batches)
         prekeys._unactivated = dict(saved.unactivated)
+        prekeys._left_out = set(saved.left_out)
         if saved.refill is not None:
             prekeys._refill = Refill.restore(session, saved.setup, saved.refill)
         return prekeys

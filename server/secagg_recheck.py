@@ -56,6 +56,11 @@ class Rechecks:
         ]
         self._attestations: list[Attestation] = []
 
+    def restore(self, attestations: tuple[Attestation, ...]) -> None:
+        """Count again what had come before a restart."""
+        for entry in attestations:
+            self.add(entry.sender, encode(entry))
+
     def assign(self, present: Collection[str], spare: int) -> dict[str, tuple[int, ...]]:
         """Which present site is to recompute which chunks, so that c + 1 + `spare` do each."""
         work: dict[str, list[int]] = {}

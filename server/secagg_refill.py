@@ -23,7 +23,15 @@ from server.secagg_setup import (
 from shared.errors import ProtocolError
 from shared.messages import U32, Blob, ByName, Flag, decode, encode, kind_of
 from shared.secagg import transcript
-from shared.secagg.messages import MAX_SITES, S3, Activation, Complaint, DealRequest, Signatures
+from shared.secagg.messages import (
+    MAX_SITES,
+    S3,
+    Activation,
+    Complaint,
+    DealRequest,
+    Names,
+    Signatures,
+)
 from shared.secagg.session import Session
 
 
@@ -43,6 +51,8 @@ class SavedRefill:
     confirming: Annotated[bool, Flag()]
     deals: Annotated[Mapping[str, bytes], ByName(Blob(), MAX_SITES)]
     signatures: Signatures
+    faults: Names
+    accused: Names
 
 
 class Refill:
@@ -124,6 +134,8 @@ class Refill:
             confirming=self.stage is Stage.CONFIRMING,
             deals={name: encode(deal.message) for name, deal in self._deals.items()},
             signatures=dict(self._signatures),
+            faults=tuple(sorted(self.faults)),
+            accused=tuple(sorted(self._accused)),
         )
 
     @classmethod
@@ -135,6 +147,7 @@ class Refill:
         if saved.confirming:
             refill.close_dealing()
             refill._signatures = dict(saved.signatures)
+        refill.faults, refill._accused = set(saved.faults), set(saved.accused)
         return refill
 
     def finish(self) -> Batch:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hmac
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import dataclass
+from typing import Annotated, TypeVar
 
 import numpy as np
 
@@ -12,7 +13,7 @@ from server.secagg_recheck import Kept, Rechecks
 from server.secagg_setup import Batch, check_value, commitments, shares_tag, wrapped_keys
 from shared.errors import CohortError, ProtocolError
 from shared.identity import verify
-from shared.messages import decode, encode
+from shared.messages import Blob, decode, encode, message
 from shared.secagg import merkle, shamir, transcript
 from shared.secagg.masking import add_masks
 from shared.secagg.messages import (
@@ -27,12 +28,29 @@ from shared.secagg.messages import (
     Recovered,
     Released,
     Result,
+    Signatures,
 )
 from shared.secagg.ring import RingVector
 from shared.secagg.session import Session
 from shared.secagg.unmask import unmask_keys, unwrap
 
 M = TypeVar("M", Masked, Beside, Agreed, Released)
+
+
+@message(0x0304)
+@dataclass(frozen=True, slots=True)
+class Underway:
+    """What an open round has asked the sites to sign: a site signs one set, ever.
+
+    Attributes:
+        descriptor: The round.
+        included: R2 as it was sent.
+        signatures: The signatures that R3 is made of; empty before R3.
+    """
+
+    descriptor: Annotated[bytes, Blob()]
+    included: Annotated[bytes, Blob()]
+    signatures: Signatures
 
 
 class RelayRound:
@@ -59,6 +77,8 @@ class RelayRound:
         self._recovery_shares: dict[str, bytes] = {}
         self._self_keys: dict[str, bytes] = {}
         self._recovered: dict[str, Recovered] = {}
+        self._request = b""
+        self._resumed: Underway | None = None
 
     @property
     def batch(self) -> Batch:
@@ -108,6 +128,26 @@ class RelayRound:
         self._expect(name, self._session.names)
         return self._decode(name, Beside, reply).refill
 
+    def go_on(self, earlier: Underway) -> tuple[str, ...]:
+        """Ask for nothing but what was asked before a restart; returns the sites of that U3.
+
+        Raises:
+            ProtocolError: it is of another round.
+        """
+        if earlier.descriptor != self.descriptor:
+            raise ProtocolError("what was under way is of another round than the open one")
+        self._resumed = earlier
+        return tuple(e.name for e in decode(Included, earlier.included).contributions)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether an earlier relay asked the sites to sign this round's set."""
+        return self._resumed is not None
+
+    def underway(self) -> Underway:
+        """What `go_on` needs; write it before R2, and again before R3, leave."""
+        return Underway(self.descriptor, self._request, self._certificate())
+
     @property
     def received(self) -> tuple[str, ...]:
         """The sites whose vectors have come so far."""
@@ -122,16 +162,30 @@ class RelayRound:
         self._inputs_open = False
         self.contributors = self.received
         least = self._session.threshold
-        if len(self.contributors) < least:
+        if self._resumed is None and len(self.contributors) < least:
             raise CohortError(
                 f"round {self.what.round}: {len(self.contributors)} of {len(self.what.cohort)} "
                 f"sites sent a vector; {least} are needed"
             )
         entries = tuple(self._contributions[name] for name in self.contributors)
         self._included = transcript.included_digest(self.digest, entries)
-        return dict.fromkeys(
-            self.contributors, encode(Included(self.digest, entries, attestations))
-        )
+        self._request = encode(Included(self.digest, entries, attestations))
+        if self._resumed is not None:
+            return self._resume_agreement(self._resumed, entries)
+        return dict.fromkeys(self.contributors, self._request)
+
+    def _resume_agreement(
+        self, earlier: Underway, entries: tuple[Contribution, ...]
+    ) -> dict[str, bytes]:
+        """R2 as it was sent before a restart; nothing where the signatures are there already."""
+        if decode(Included, earlier.included).contributions != entries:
+            raise CohortError(
+                f"round {self.what.round}: the server was restarted, and not every site of the "
+                "set that was being signed sent its vector again"
+            )
+        self._request = earlier.included
+        self._signatures = dict(earlier.signatures)
+        return {} if self._signatures else dict.fromkeys(self.contributors, self._request)
 
     def add_agreement(self, name: str, reply: bytes) -> None:
         """Take one site's signature over U3, and its self-mask shares if nobody is missing.

@@ -5,19 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
 
+from server.outcome import Traffic
 from shared.errors import CohortError, ProtocolError
 from shared.flower import body_of, content
 from shared.messages import decode
-from shared.study import Joined, Refusal
+from shared.study import Refusal
 
 _LOG = logging.getLogger("fedward.server")
 
 MESSAGE_TYPES = {
+    "rollcall": f"{MessageType.QUERY}.rollcall",
     "join": f"{MessageType.QUERY}.join",
     "setup": f"{MessageType.QUERY}.setup",
     "round": f"{MessageType.TRAIN}.round",
@@ -29,23 +30,12 @@ MESSAGE_TYPES = {
 }
 
 
-@dataclass
-class Traffic:
-    """What one phase has sent: messages there and back, and their bytes."""
-
-    messages: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    largest: int = 0
-
-
 class GridTransport:
     """Sends each site's bytes to its Flower node and gathers the answers.
 
     Flower knows nodes, not hospitals. With a `directory` (deployment) each site is found by the
-    node key that it enrolled with. Without one, which node is which site is learnt from the
-    answers to `join`, which goes to every node; a node that claims a name without the site's key
-    gets no further than set-up, where its signature fails.
+    node key that it enrolled with. Without one, which node is which site is learnt from signed
+    answers to a roll call, and a site may come back under another node.
 
     Args:
         grid: Flower's Grid, any engine.
@@ -93,18 +83,16 @@ class GridTransport:
     ) -> dict[str, bytes]:
         """Send each site its request; return the answers that came in time.
 
-        Sites that refused, failed or stayed silent are missing from the result.
+        Sites that refused, failed or stayed silent are missing from the result, and so are sites
+        whose node is not known.
 
         Raises:
             CohortError: too few nodes are connected when the first message is due.
         """
         if self._directory is not None:
             self._find(action, tuple(requests))
-            requests = {site: body for site, body in requests.items() if site in self._node_of}
-        elif action == "join":
-            return self._join(requests, timeout_s)
-        nodes = {self._node_of[site]: body for site, body in requests.items()}
-        names = {self._node_of[site]: site for site in requests}
+        names = {self._node_of[site]: site for site in requests if site in self._node_of}
+        nodes = {node: requests[site] for node, site in names.items()}
         replies = self._send(action, nodes, timeout_s)
         return {names[node]: body for node, body in self._accepted(action, replies, names).items()}
 
@@ -130,28 +118,46 @@ class GridTransport:
         if told:
             self._waiting(())
 
-    def _join(self, requests: Mapping[str, bytes], timeout_s: float) -> dict[str, bytes]:
-        body = next(iter(requests.values()))
-        nodes = self._wait_for_nodes()
-        replies = self._send("join", dict.fromkeys(nodes, body), timeout_s)
-        joined: dict[str, bytes] = {}
-        for node, reply in self._accepted("join", replies, {}).items():
-            try:
-                name = decode(Joined, reply).site
-            except ProtocolError:
-                continue
-            if name in requests and name not in joined:
-                self._node_of[name] = node
-                joined[name] = reply
-        return joined
+    def roll_call(
+        self, body: bytes, name_of: Callable[[bytes], str], *, least: int, timeout_s: float
+    ) -> dict[str, bytes]:
+        """Ask every node which site it is; the sites' answers, by name.
 
-    def _wait_for_nodes(self) -> list[int]:
+        With a directory nobody need be asked.
+
+        Args:
+            body: The question, the same for all.
+            name_of: Checks an answer's signature and returns its site; raises ProtocolError.
+            least: With how many nodes to go on when the wait for all of them is over.
+            timeout_s: How long to wait for answers.
+
+        Raises:
+            CohortError: too few nodes are connected.
+        """
+        if self._directory is not None:
+            return {}
+        nodes = self._wait_for_nodes(least)
+        replies = self._send("rollcall", dict.fromkeys(nodes, body), timeout_s)
+        present: dict[str, bytes] = {}
+        for node, reply in self._accepted("rollcall", replies, {}).items():
+            try:
+                name = name_of(reply)
+            except ProtocolError:
+                _LOG.warning("rollcall: node %s could not show which site it is", node)
+                continue
+            self._node_of[name] = node
+            present[name] = reply
+        return present
+
+    def _wait_for_nodes(self, least: int) -> list[int]:
         deadline = self._clock() + self._connect_timeout_s
         while True:
             nodes = list(self._grid.get_node_ids())
             if len(nodes) >= self._expected:
                 return nodes
             if self._clock() >= deadline:
+                if len(nodes) >= least:
+                    return nodes
                 raise CohortError(
                     f"{len(nodes)} of {self._expected} sites are connected after "
                     f"{self._connect_timeout_s:.0f} s. Start the missing ones and try again."

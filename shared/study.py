@@ -1,5 +1,6 @@
 """The study's own messages around the secure sum, and what one masked vector holds.
 
+rollcall  which site is this node             -> its name and how far it is, signed
 join      plan and run                        -> the site's set-up keys (S1)
 setup     one set-up step S2, S3, S4          -> the site's answer to it
 round     results so far, opening (R0)        -> masked vector (R1)
@@ -24,7 +25,20 @@ from numpy.typing import NDArray
 from shared.counts import CountNoise, Units, count_kind, count_noise, due_counts
 from shared.distributed import NoiseShare, divisor, noise_share
 from shared.errors import ProtocolError
-from shared.messages import U8, U32, U64, Blob, Fixed, Many, Maybe, Real, Text, message
+from shared.messages import (
+    U8,
+    U32,
+    U64,
+    Blob,
+    Fixed,
+    Flag,
+    Many,
+    Maybe,
+    Nested,
+    Real,
+    Text,
+    message,
+)
 from shared.optimizers import ModelState
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
@@ -34,6 +48,54 @@ from shared.secagg.session import Session
 
 MAX_RESULTS = 1024
 """Published results that one request may carry to a site that was away."""
+
+
+@message(0x530C)
+@dataclass(frozen=True, slots=True)
+class Rollcall:
+    """Asks a node which site it is, and how far that site is in a run; it changes nothing."""
+
+    run_id: Annotated[str, Text()]
+    nonce: Annotated[bytes, Fixed(32)]
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a site is in a run.
+
+    Attributes:
+        epoch: The epoch that it is in.
+        next_round: The lowest round that it may still open.
+        transcript: T, its history.
+        active: Whether its set-up of this epoch is complete.
+        lost: Whether its state was lost or rolled back: it needs a new epoch.
+    """
+
+    epoch: Annotated[int, U32]
+    next_round: Annotated[int, U32]
+    transcript: Annotated[bytes, Fixed(32)]
+    active: Annotated[bool, Flag()]
+    lost: Annotated[bool, Flag()]
+
+
+@message(0x530D)
+@dataclass(frozen=True, slots=True)
+class Present:
+    """A site's answer to a roll call; `standing` None: it holds nothing of this run."""
+
+    run_id: Annotated[str, Text()]
+    nonce: Annotated[bytes, Fixed(32)]
+    site: Annotated[str, Text()]
+    standing: Annotated[Standing | None, Maybe(Nested(Standing))]
+
+
+@message(0x530E)
+@dataclass(frozen=True, slots=True)
+class SignedPresent:
+    """A `Present` with the site's Ed25519 signature over its bytes, context "present"."""
+
+    present: Annotated[bytes, Blob(4096)]
+    signature: Annotated[bytes, Fixed(64)]
 
 
 @message(0x5301)
