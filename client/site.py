@@ -37,7 +37,9 @@ from shared.study import (
     SignedReceipt,
 )
 
-T = TypeVar("T", Join, SetupStep, RoundRequest, PhaseRequest, RecheckRequest, FinishRequest)
+T = TypeVar(
+    "T", Rollcall, Join, SetupStep, RoundRequest, PhaseRequest, RecheckRequest, FinishRequest
+)
 _RUN_ID = re.compile(r"[A-Za-z0-9-]{1,64}")
 
 
