@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from client.config import SiteFolder
+from shared.exposition import metrics_address
 from shared.supervise import log_to_terminal, read_health
 
 Commands = argparse._SubParsersAction  # argparse gives it no public name
@@ -19,6 +20,11 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         description="Connects to the project's server, outwards only, and answers what the policy "
         "and the approvals allow. Whatever ends is started again.",
     )
+    up.add_argument(
+        "--metrics",
+        metavar="PORT",
+        help="answer GET /metrics for Prometheus there, on loopback (or HOST:PORT)",
+    )
     up.set_defaults(command=_up)
     status = commands.add_parser("status", help="processes, and what was refused lately")
     status.set_defaults(command=_status)
@@ -27,6 +33,7 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 def _up(arguments: argparse.Namespace) -> int:
     from client.up import up  # noqa: PLC0415  # Flower takes seconds to import
 
+    metrics = metrics_address(arguments.metrics) if arguments.metrics else None
     folder = SiteFolder(arguments.site)
     log_to_terminal()
     kit = folder.kit()
@@ -35,7 +42,7 @@ def _up(arguments: argparse.Namespace) -> int:
         f"Logs in {folder.path / 'logs'}. Ctrl-C ends everything.",
         flush=True,
     )
-    up(folder)
+    up(folder, metrics)
     print("Stopped; nothing is left running.")
     return 0
 

@@ -22,7 +22,10 @@ from pathlib import Path
 
 from client.bundle import check_hooks
 from client.config import SiteFolder
+from client.site_metrics import site_metrics, tally_file
 from shared.errors import ConfigError
+from shared.exposition import serve_metrics
+from shared.kit import Address
 from shared.supervise import Child, Supervisor, environment
 
 LOOPBACK = "127.0.0.1"
@@ -55,12 +58,17 @@ def children(folder: SiteFolder, port: int) -> tuple[Child, ...]:
         ),
         env=folder.network_environment(config),
     )
-    worker = Child("worker", "client.worker:main", (f"{LOOPBACK}:{port}", secret))
+    tally = str(tally_file(folder).resolve())
+    worker = Child("worker", "client.worker:main", (f"{LOOPBACK}:{port}", secret, tally))
     return supernode, worker
 
 
-def up(folder: SiteFolder) -> None:
+def up(folder: SiteFolder, metrics: Address | None = None) -> None:
     """Run the site until SIGTERM or Ctrl-C; both processes have ended when this returns.
+
+    Args:
+        folder: The site's.
+        metrics: Where to answer GET /metrics, or nowhere.
 
     Raises:
         ConfigError: a file is missing or wrong, Flower is another, or the site runs already.
@@ -70,12 +78,14 @@ def up(folder: SiteFolder) -> None:
     with _alone(folder.path):
         env = environment(folder.path / "flower")
         _write_secret(_secret_file(folder))
-        Supervisor(
+        supervisor = Supervisor(
             children(folder, _free_port()),
             logs=folder.path / "logs",
             health=health_file(folder),
             env=env,
-        ).run()
+        )
+        with serve_metrics(metrics, lambda: site_metrics(folder, supervisor.health())):
+            supervisor.run()
 
 
 def _check(folder: SiteFolder) -> None:

@@ -40,6 +40,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from client.app import app as client_app
 from client.app import forget_sites
+from client.site_metrics import Tally
 from shared.supervise import log_to_terminal
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
@@ -50,12 +51,13 @@ BUSY_S, IDLE_S, BUSY_FOR_S = 0.05, 0.5, 120.0
 _LOG = logging.getLogger("fedward.worker")
 
 
-def serve(address: str, secret: bytes, stop: threading.Event) -> None:
+def serve(address: str, secret: bytes, tally: Tally, stop: threading.Event) -> None:
     """Answer the SuperNode's tasks until `stop` is set.
 
     Args:
         address: host:port of the SuperNode's Runtime API, on this machine's loopback.
         secret: Shared with that SuperNode; a process without it gets no task.
+        tally: Counts the messages.
         stop: Checked between two messages.
     """
     last = time.monotonic() - BUSY_FOR_S
@@ -65,7 +67,7 @@ def serve(address: str, secret: bytes, stop: threading.Event) -> None:
         while not stop.is_set():
             token = _acquire(client)
             if token:
-                _answer(address, token)
+                _answer(address, token, tally)
                 last = time.monotonic()
             else:
                 busy = time.monotonic() - last < BUSY_FOR_S
@@ -98,7 +100,7 @@ def _client(
         client.close()
 
 
-def _answer(address: str, token: str) -> None:
+def _answer(address: str, token: str, tally: Tally) -> None:
     """Answer one message; if that cannot be said to the SuperNode, the task just runs out."""
     started = time.monotonic()
     with _client(address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeats(client):
@@ -106,13 +108,17 @@ def _answer(address: str, token: str) -> None:
             # The bundle comes along, was checked by the SuperNode, and is not looked at.
             message, context, _, _ = pull_task_input(client)
             kind = message.metadata.message_type
+            if kind.endswith(".join"):
+                forget_sites()  # a new run begins with what the officer wrote by now
             push_message(client, _reply(message, context), context)
             output = PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details="")
             client.PushTaskOutput(output)
         except (httpx.HTTPError, RuntimeError) as error:
             _LOG.warning("a message went unanswered (%s)", type(error).__name__)
             return
-    _LOG.info("%s answered in %.2f s", kind, time.monotonic() - started)
+    seconds = time.monotonic() - started
+    tally.add(kind.partition(".")[2], seconds, time.time())
+    _LOG.info("%s answered in %.2f s", kind, seconds)
     if kind.endswith(".finish"):
         forget_sites()
 
@@ -152,9 +158,10 @@ def _warm_up() -> None:
 
 
 def main() -> None:
-    """`worker ADDRESS SECRET_FILE`, started by `fedward-site up`."""
+    """`worker ADDRESS SECRET_FILE TALLY_FILE`, started by `fedward-site up`."""
     log_to_terminal()
-    address, secret_file = sys.argv[1:3]
+    address, secret_file, tally_file = sys.argv[1:4]
     _warm_up()
     _LOG.info("ready")
-    serve(address, Path(secret_file).read_bytes(), threading.Event())
+    tally = Tally(Path(tally_file))
+    serve(address, Path(secret_file).read_bytes(), tally, threading.Event())

@@ -12,6 +12,7 @@ from server.live import RunFolder
 from server.project import Project
 from shared import plan as plans
 from shared.errors import ConfigError
+from shared.exposition import metrics_address
 from shared.supervise import log_to_terminal, read_health
 
 Commands = argparse._SubParsersAction  # argparse gives it no public name
@@ -26,6 +27,11 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
         "proxy, which alone can be reached from outside. Whatever ends is started again.",
     )
     up.add_argument("folder", nargs="?", type=Path, help="the project's folder (or --project)")
+    up.add_argument(
+        "--metrics",
+        metavar="PORT",
+        help="answer GET /metrics for Prometheus there, on loopback (or HOST:PORT)",
+    )
     up.set_defaults(command=_up)
 
     run = commands.add_parser(
@@ -66,6 +72,7 @@ def _project(arguments: argparse.Namespace) -> Project:
 def _up(arguments: argparse.Namespace) -> int:
     from server.up import up  # noqa: PLC0415  # Flower takes seconds to import
 
+    metrics = metrics_address(arguments.metrics) if arguments.metrics else None
     project = Project(arguments.folder or arguments.project)
     settings = project.settings()
     log_to_terminal()
@@ -74,7 +81,7 @@ def _up(arguments: argparse.Namespace) -> int:
         f"{settings.advertise}. Logs in {project.path / 'logs'}. Ctrl-C ends everything.",
         flush=True,
     )
-    up(project)
+    up(project, metrics)
     print("Stopped; nothing is left running.")
     return 0
 

@@ -81,7 +81,8 @@ def start(link: Link, run: RunFolder) -> None:
     before = _flower_run(run)
     if before is not None and link.run_status(before).startswith(UNFINISHED):
         link.stop(before)
-    run.tell("starting", pid=None)
+    before_it = {k: v for k, v in run.status().items() if k in ("round", "rounds")}
+    run.tell("starting", pid=None, **before_it)
     write_json({"flower_run": link.start(run.path)}, run.path / "flower.json")
 
 
@@ -133,7 +134,7 @@ def follow(
     begun = clock()
     while True:
         status = run.status()
-        rounds = _rounds(run)
+        rounds = rounds_of(run)
         for line in rounds[lines:]:
             yield Step("round", line | {"rounds": status.get("rounds")})
         lines = len(rounds)
@@ -190,7 +191,8 @@ def flower_run_status(link: Link, run: RunFolder) -> str:
     return link.run_status(flower_run) if flower_run is not None else ""
 
 
-def _rounds(run: RunFolder) -> list[dict[str, Any]]:
+def rounds_of(run: RunFolder) -> list[dict[str, Any]]:
+    """The rounds of a run so far; see server/live.py."""
     file = run.path / "rounds.jsonl"
     if not file.exists():
         return []

@@ -17,14 +17,21 @@ from typing import Any
 
 from server.link import Link, children, connect, free_port, node_key_bytes
 from server.project import Project
+from server.project_metrics import project_metrics
 from shared.errors import ConfigError, FedwardError
+from shared.exposition import serve_metrics
+from shared.kit import Address
 from shared.supervise import Supervisor, environment, read_health
 
 LOOK_S = 5.0
 
 
-def up(project: Project) -> None:
+def up(project: Project, metrics: Address | None = None) -> None:
     """Run the project's server until SIGTERM or Ctrl-C; its processes end with it.
+
+    Args:
+        project: The coordinator's folder.
+        metrics: Where to answer GET /metrics, or nowhere.
 
     Raises:
         ConfigError: a file is missing or wrong, or the project runs already.
@@ -40,7 +47,8 @@ def up(project: Project) -> None:
             env=environment(project.path / "flower"),
             facts=gate.facts,
         )
-        with gate.watching():
+        collect = lambda: project_metrics(project, supervisor.health())  # noqa: E731
+        with gate.watching(), serve_metrics(metrics, collect):
             supervisor.run()
 
 

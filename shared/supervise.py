@@ -160,7 +160,7 @@ class Supervisor:
                     self._tend(running, now)
                 if now - told >= _HEALTH_EVERY_S:
                     told = now
-                    self._write_health()
+                    write_json(self.health(), self._health)
                 self._stop.wait(_TICK_S)
         finally:
             self._end_all()
@@ -221,7 +221,8 @@ class Supervisor:
             process.wait()
         self._health.unlink(missing_ok=True)
 
-    def _write_health(self) -> None:
+    def health(self) -> dict[str, Any]:
+        """What the health file says, as of now."""
         now = time.monotonic()
         children = {
             r.child.name: {
@@ -239,7 +240,7 @@ class Supervisor:
             "written": time.time(),
             "processes": children,
         }
-        write_json(record | self._facts(), self._health)
+        return record | self._facts()
 
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
