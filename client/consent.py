@@ -167,7 +167,7 @@ class Books:
             head = self.ledger.head
             cost = self.consider(plan, people)
             try:
-                fields = approval_fields(plan, people, cost, self.limits)
+                fields = _approval(plan, people, cost, self.limits)
                 self.ledger.append("approved", fields, expected_head=head)
             except HeadMovedError:
                 continue
@@ -339,8 +339,7 @@ def parts_of(
 PLANNED = -1
 
 
-def approval_fields(plan: StudyPlan, people: People, cost: Cost, limits: DatasetPolicy) -> Body:
-    """What the ledger notes of an approval."""
+def _approval(plan: StudyPlan, people: People, cost: Cost, limits: DatasetPolicy) -> Body:
     alone = alone_multipliers(plan)
     parts = {
         use: {

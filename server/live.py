@@ -160,11 +160,12 @@ class _Live:
         self._record, self._plan = folder.record(), folder.plan()
         self._started = datetime.datetime.now(datetime.UTC)
         self._clock = time.perf_counter()
-        self._done = 0
+        self._done = int(folder.status().get("round", 0))
         self._spool = DurableSpool(folder.path / "spool")
 
     def run(self, build: Callable[..., ServerApp], context: Context) -> None:
-        self._folder.tell("set-up", rounds=self._plan.training.rounds)
+        begun = self._folder.checkpoint.exists()
+        self._folder.tell("running" if begun else "set-up", **self._facts)
         keys = {bytes.fromhex(site.node_key): site.name for site in self._record.sites}
 
         def directory() -> Mapping[str, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import difflib
+import json
 import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -213,3 +214,24 @@ def _value(text: str, override: str) -> Any:
         f"--set {override!r}: the value is not TOML. Quote the whole argument for the shell.",
     )
     return text
+
+
+def plan_toml(plan: StudyPlan) -> str:
+    """A plan as the TOML file that `shared.plan.load` reads."""
+    return _toml(json.loads(plan.canonical_bytes), "")
+
+
+def _toml(table: dict[str, Any], name: str) -> str:
+    plain = {k: v for k, v in table.items() if v is not None and not _tables(v)}
+    text = "".join(f"{k} = {json.dumps(v)}\n" for k, v in plain.items())
+    for key, value in table.items():
+        inner = f"{name}.{key}".lstrip(".")
+        for part in _tables(value):
+            head = f"[[{inner}]]" if isinstance(value, list) else f"[{inner}]"
+            text += f"{head}\n{_toml(part, inner)}"
+    return text
+
+
+def _tables(value: object) -> list[dict[str, Any]]:
+    values = value if isinstance(value, list) else [value]
+    return [v for v in values if isinstance(v, dict)]

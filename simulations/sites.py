@@ -53,11 +53,11 @@ def write_sites(
         (folder / "site.toml").write_text(_settings(hospital.name, seed, device), encoding="utf-8")
         (folder / FILE_NAME).write_text(_policy(plan, roster), encoding="utf-8")
         (folder / FILE_NAME).chmod(0o600)
-        _approve(SiteFolder(folder), plan, hospital)
+        approve(SiteFolder(folder), plan, hospital)
     return roster
 
 
-def _approve(folder: SiteFolder, plan: StudyPlan, hospital: Hospital) -> None:
+def approve(folder: SiteFolder, plan: StudyPlan, hospital: Hospital) -> None:
     """The officer's part: the budget and the policy decide as at a real site."""
     with closing(folder.books(folder.config(), folder.identity())) as books:
         ids: dict[Use, tuple[str, ...]] = {

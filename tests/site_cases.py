@@ -16,6 +16,7 @@ from client.data.prepared import write_prepared
 from client.policy import DAYS, SCHEMA
 from shared.identity import Identity, fingerprint
 from shared.plan import StudyPlan
+from simulations.scenario import plan_toml
 
 NAMES = tuple(f"site-{i}" for i in range(4))
 IDENTITIES = {name: Identity.from_bytes(bytes([i] * 32)) for i, name in enumerate(NAMES, 1)}
@@ -94,21 +95,5 @@ def trained(books: Books, ids: Iterable[str]) -> People:
 
 def write_plan(plan: StudyPlan, path: Path) -> Path:
     """Write a plan as TOML, and return the path."""
-    path.write_text(_toml(json.loads(plan.canonical_bytes), ""))
+    path.write_text(plan_toml(plan), encoding="utf-8")
     return path
-
-
-def _toml(table: dict[str, Any], name: str) -> str:
-    plain = {k: v for k, v in table.items() if v is not None and not _tables(v)}
-    text = "".join(f"{k} = {json.dumps(v)}\n" for k, v in plain.items())
-    for key, value in table.items():
-        inner = f"{name}.{key}".lstrip(".")
-        for part in _tables(value):
-            head = f"[[{inner}]]" if isinstance(value, list) else f"[{inner}]"
-            text += f"{head}\n{_toml(part, inner)}"
-    return text
-
-
-def _tables(value: object) -> list[dict[str, Any]]:
-    values = value if isinstance(value, list) else [value]
-    return [v for v in values if isinstance(v, dict)]

@@ -16,6 +16,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,7 +25,6 @@ from typing import Any
 
 import httpx
 import pytest
-from deployment import Deployment, breast_cancer, deployed, in_process, wait_for
 
 from client.config import SiteFolder
 from client.enrolment import make_node_key
@@ -32,6 +32,8 @@ from server.link import Link, connect
 from server.up import running_link
 from shared.bundle import RUN_FOLDER, build_bundle, pack
 from shared.supervise import environment
+from simulations.deployment import Deployment, breast_cancer, deployed, free_port, wait_for
+from simulations.replay import in_process
 from simulations.scenario import Scenario
 
 pytestmark = pytest.mark.slow
@@ -124,7 +126,7 @@ def _start_changed(live: Deployment, link: Link, fab: bytes) -> None:
 
     from server.runs import new_run  # noqa: PLC0415
 
-    run = new_run(live.project, live.plan, 60.0, live.now())
+    run = new_run(live.project, live.plan, 60.0, time.time())
     request = StartRunRequest(
         fab=fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {})),
         override_config=user_config_to_proto({RUN_FOLDER: str(run.path)}),
@@ -143,7 +145,7 @@ def test_a_stranger_with_the_authority_but_no_registered_key_is_refused(
             *("--superlink", kit.server),
             *("--root-certificates", str(live.site("city") / "tls" / "ca.crt")),
             *("--auth-supernode-private-key", str(tmp_path / "stranger")),
-            *("--isolation", "process", "--port", str(live.free_port())),
+            *("--isolation", "process", "--port", str(free_port())),
         ],
         env=environment(tmp_path / "home"),
         capture_output=True,
@@ -205,3 +207,22 @@ def _own_address() -> str:
             return str(probe.getsockname()[0])
         except OSError:
             pytest.skip("this machine has no address besides loopback")
+
+
+def test_a_study_goes_on_after_its_serverapp_was_killed(live: Deployment) -> None:
+    live.approve()
+    process = live.run(str(live.plan_file))
+    wait_for("the second round", lambda: len(live.rounds()) >= 2)
+    run, status = live.latest_run(), live.status()
+    os.kill(status["pid"], signal.SIGKILL)
+    assert process.popen.wait(60) == 1, process.text
+    assert f"run --resume {run.name}" in process.text
+    resumed = finish(live, live.run("--resume", run.name))
+    assert live.latest_run() == run
+    trained = {r["model_round"] for r in resumed if r["trained"] and not r["aborted"]}
+    assert trained == set(range(ROUNDS))
+    assert live.status()["sha256"] == in_process(live, run.name)
+    results = json.loads((run / "results.json").read_text())
+    assert {s["steps"] for s in results["privacy"]["sites"].values()} == {
+        5 * len({r["round"] for r in resumed if r["trained"]})
+    }

@@ -1,7 +1,8 @@
-"""A project and its sites on this machine, as real processes: what the deployment tests start.
+"""A project with pretended hospitals on this machine, as the real processes of a deployment.
 
-Every process is started by the product's own commands in folders of its own, on free ports of
-loopback, and ended by its process id.
+Used by the benchmark of the deployment engine, the fault matrix and tests. Every process is started
+by the product's own commands in folders of its own, on free ports of loopback, and ended by its
+process id.
 """
 
 from __future__ import annotations
@@ -12,34 +13,25 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from site_cases import write_plan
-
 from client import enrolment
-from client.app import forget_sites
 from client.config import SiteFolder
 from server import provision
-from server.app import make_server_app
 from server.project import Project, ProjectSettings
-from server.rounds import StudyOutcome
-from shared.messages import decode
+from server.runs import all_runs
+from shared.errors import FedwardError
 from shared.plan import StudyPlan
-from shared.secagg.messages import Descriptor, Opening
-from shared.study import RoundRequest
-from shared.supervise import read_health
+from shared.supervise import environment, read_health
 from shared.version import fedward_version
-from simulations.engines import run_in_process
-from simulations.grid import Delivery, Direction, FaultHook
 from simulations.hospitals import Hospital, load_hospitals
-from simulations.scenario import Scenario, load_scenario
-from simulations.sites import write_sites
+from simulations.scenario import Scenario, load_scenario, plan_toml
+from simulations.sites import approve, write_sites
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE_FILES = ("node_key", "node_key.pub", "kit.json", "coordinator.json", "request.json")
@@ -60,7 +52,7 @@ def wait_for(what: str, check: Callable[[], Any], timeout_s: float = 90.0) -> An
         if found:
             return found
         time.sleep(0.2)
-    raise AssertionError(f"waited {timeout_s:.0f} s for {what}")
+    raise FedwardError(f"waited {timeout_s:.0f} s for {what}")
 
 
 def breast_cancer(rounds: int, timeout_s: float = 90.0, **training: Any) -> Scenario:
@@ -81,6 +73,11 @@ class Process:
     def text(self) -> str:
         """What it printed so far."""
         return self.log.read_text(encoding="utf-8", errors="replace")
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        return self.popen.poll() is not None
 
     def end(self, number: int = signal.SIGTERM) -> int:
         """Signal it, wait, and return its exit code."""
@@ -141,23 +138,34 @@ class Deployment:
 
     def _link_answers(self) -> bool:
         health = self.health()
-        assert self.processes["server"].popen.poll() is None, self.processes["server"].text
+        if self.processes["server"].popen.poll() is not None:
+            raise FedwardError(self.processes["server"].text)
         return health is not None and health["problem"] == ""
 
     def health(self) -> dict[str, Any] | None:
         """The server's health file."""
         return read_health(self.project.path / "health.json")
 
-    def start_site(self, name: str, env: Mapping[str, str] | None = None) -> Process:
-        """`fedward-site up`."""
-        process = command(
-            self.base / f"{name}.out",
-            *("client.cli", "--site", str(self.site(name)), "up"),
-            cwd=self.base,
-            env=env,
-        )
+    def start_site(
+        self, name: str, env: Mapping[str, str] | None = None, *, stock: bool = False
+    ) -> Process:
+        """`fedward-site up`, or Flower's own command, as it comes, for comparison."""
+        arguments = ["client.cli", "--site", str(self.site(name)), "up"]
+        if stock:
+            arguments = ["shared.child", *self._stock(name)]
+            env = environment(self.site(name) / "flower") | dict(env or {})
+        process = command(self.base / f"{name}.out", *arguments, cwd=self.base, env=env)
         self.processes[name] = process
         return process
+
+    def _stock(self, name: str) -> Iterator[str]:
+        folder = SiteFolder(self.site(name))
+        yield "flwr.supernode.cli:flower_supernode"
+        yield from ("--superlink", folder.kit().server)
+        yield from ("--root-certificates", str(folder.ca_certificate))
+        yield from ("--auth-supernode-private-key", str(folder.node_key))
+        yield from ("--host", "127.0.0.1", "--port", str(free_port()))
+        yield from ("--node-config", f"state-dir={json.dumps(str(folder.path))}")
 
     def online(self) -> set[str]:
         """The sites that the SuperLink calls online."""
@@ -172,13 +180,14 @@ class Deployment:
         wait_for("all sites", lambda: self.online() == set(self.names), 120)
 
     def run(self, *arguments: str) -> Process:
-        """`fedward-server run ...`, in the background."""
+        """`fedward-server run ...`, in the background, until it has named the run's folder."""
         process = command(
             self.base / f"run-{len(self.processes)}.out",
             *("server.cli", "run", *arguments, "--project", str(self.project.path)),
             cwd=self.base,
         )
         self.processes[f"run-{len(self.processes)}"] = process
+        wait_for("the run's folder", lambda: "Run " in process.text or process.ended)
         return process
 
     @property
@@ -188,28 +197,18 @@ class Deployment:
 
     def latest_run(self) -> Path:
         """The folder of the latest run."""
-        return max((self.project.path / "runs").iterdir(), key=lambda p: p.stat().st_mtime)
+        return all_runs(self.project)[-1].path
 
     def approve(self) -> None:
         """What `fedward-site approve` does, at every site: one run each."""
         for hospital in self.hospitals:
-            folder = SiteFolder(self.site(hospital.name))
-            with closing(folder.books(folder.config(), folder.identity())) as books:
-                books.approve(self.plan, books.population(hospital.train.patient_ids))
+            approve(SiteFolder(self.site(hospital.name)), self.plan, hospital)
 
     def rounds(self) -> list[dict[str, Any]]:
         """rounds.jsonl of the latest run."""
         file = self.latest_run() / "rounds.jsonl"
         lines = file.read_text().split("\n")[:-1] if file.exists() else []
         return [dict(json.loads(line)) for line in lines]
-
-    def now(self) -> float:
-        """Unix seconds."""
-        return time.time()
-
-    def free_port(self) -> int:
-        """See `free_port`."""
-        return free_port()
 
     def status(self) -> dict[str, Any]:
         """status.json of the latest run."""
@@ -218,15 +217,11 @@ class Deployment:
 
     def site_pid(self, name: str, process: str) -> int:
         """The process id of a site's supernode or worker."""
-        health = read_health(self.site(name) / "health.json")
-        assert health is not None
-        return int(health["processes"][process]["pid"])
+        return _pid(read_health(self.site(name) / "health.json"), process)
 
     def server_pid(self, process: str) -> int:
         """The process id of one of the server's processes."""
-        health = self.health()
-        assert health is not None
-        return int(health["processes"][process]["pid"])
+        return _pid(self.health(), process)
 
     def end_all(self) -> None:
         """End every command that was started, sites first."""
@@ -245,6 +240,12 @@ class Deployment:
         files = [*self.base.glob("*.out"), *self.base.glob("*/logs/*.log")]
         files += self.base.glob("sites/*/logs/*.log")
         return "\n".join(f"== {f}\n{f.read_text(errors='replace')[-3000:]}" for f in files)
+
+
+def _pid(health: dict[str, Any] | None, process: str) -> int:
+    if health is None:
+        raise FedwardError(f"{process} does not run")
+    return int(health["processes"][process]["pid"])
 
 
 def build(base: Path, scenario: Scenario) -> Deployment:
@@ -284,58 +285,17 @@ def build(base: Path, scenario: Scenario) -> Deployment:
         for file in NODE_FILES:
             (folder.path / file).rename(target / file)
         _raise_cap(target / "policy.toml")
-    write_plan(plan, base / "plan.toml")
+    (base / "plan.toml").write_text(plan_toml(plan), encoding="utf-8")
     return Deployment(base, scenario, hospitals, project)
 
 
 def _raise_cap(policy: Path) -> None:
     """Let one site take part in several studies, one after another."""
     lines = policy.read_text().splitlines()
-    kept = [line for line in lines if not line.startswith("max_epsilon")]
-    policy.write_text("\n".join([*kept, "max_epsilon = 1000.0", ""]))
-
-
-def absent_from(contributors: Mapping[int, set[str]]) -> FaultHook:
-    """Loses the masked vector of every site that is not among a round's contributors."""
-    asked: dict[str, int] = {}
-
-    def hook(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
-        if action == "train.round":
-            if direction is Direction.TO_SITE:
-                opening = decode(Opening, decode(RoundRequest, body).opening)
-                asked[site] = decode(Descriptor, opening.descriptor).round
-            elif site not in contributors[asked[site]]:
-                return Delivery(())
-        return Delivery((body,))
-
-    return hook
-
-
-def in_process(live: Deployment, run_id: str) -> str:
-    """The hash of the model that the same study ends with in this process.
-
-    Each round has the contributors that it had in the deployment: the faults are the same.
-    """
-    contributors = {r["round"]: set(r["contributors"]) for r in live.rounds()}
-    done: list[StudyOutcome] = []
-    with tempfile.TemporaryDirectory() as base:
-        folders = {name: Path(base) / name for name in live.names}
-        roster = write_sites(
-            Path(base), live.plan, live.hospitals, seed=live.scenario.simulation.seed, device="cpu"
-        )
-        app = make_server_app(
-            live.plan,
-            run_id,
-            roster,
-            observer=lambda report: None,
-            finished=lambda outcome, transport: done.append(outcome),
-            poll_s=0.001,
-        )
-        try:
-            run_in_process(app, folders, absent_from(contributors))
-        finally:
-            forget_sites()
-    return done[0].state.digest().hex()
+    raised = ("max_epsilon", "max_epsilon_alone")
+    kept = [line for line in lines if line.split(" = ")[0] not in raised]
+    caps = [f"{name} = 1000.0" for name in raised]
+    policy.write_text("\n".join([*kept, *caps, ""]), encoding="utf-8")
 
 
 @contextmanager
@@ -345,7 +305,7 @@ def deployed(base: Path, scenario: Scenario) -> Iterator[Deployment]:
     try:
         yield deployment
     except BaseException:
-        sys.stdout.write(deployment.words())
+        print(deployment.words())
         raise
     finally:
         deployment.end_all()
