@@ -14,6 +14,7 @@ from client import (
     commands_enrol,
     commands_ledger,
     commands_log,
+    commands_recover,
     commands_run,
     commands_study,
 )
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_study.add_commands(commands)
     commands_ledger.add_commands(commands)
     commands_log.add_commands(commands)
+    commands_recover.add_commands(commands)
     commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()
     folder_option(parser, "--site", default, "the site's folder, with site.toml")

@@ -167,7 +167,7 @@ class Books:
             head = self.ledger.head
             cost = self.consider(plan, people)
             try:
-                fields = _approval(plan, people, cost, self.limits)
+                fields = approval_fields(plan, people, cost, self.limits)
                 self.ledger.append("approved", fields, expected_head=head)
             except HeadMovedError:
                 continue
@@ -339,7 +339,8 @@ def parts_of(
 PLANNED = -1
 
 
-def _approval(plan: StudyPlan, people: People, cost: Cost, limits: DatasetPolicy) -> Body:
+def approval_fields(plan: StudyPlan, people: People, cost: Cost, limits: DatasetPolicy) -> Body:
+    """What the ledger notes of an approval."""
     alone = alone_multipliers(plan)
     parts = {
         use: {

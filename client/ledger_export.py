@@ -39,11 +39,22 @@ def check_export(path: Path, expected_fingerprint: str) -> tuple[int, frozenset[
 
 
 def heads_in_receipts(path: Path, site: str, public: bytes) -> dict[str, bytes]:
-    """Run id to ledger head, from this site's own signed receipts in a run's receipts.json.
+    """Run id to ledger head, from this site's own signed receipt in a run's receipts.json.
 
     Raises:
         ConfigError: not such a file.
         ProtocolError: a receipt is not signed by this site.
+    """
+    receipt = own_receipt(path, site, public)
+    return {receipt.run_id: receipt.ledger_head}
+
+
+def own_receipt(path: Path, site: str, public: bytes) -> Receipt:
+    """This site's own signed receipt in a run's receipts.json.
+
+    Raises:
+        ConfigError: not such a file.
+        ProtocolError: the receipt is not signed by this site.
     """
     try:
         signed = json.loads(path.read_text(encoding="utf-8"))["receipts"].get(site)
@@ -56,4 +67,4 @@ def heads_in_receipts(path: Path, site: str, public: bytes) -> dict[str, bytes]:
     receipt = decode(Receipt, body)
     if receipt.site != site:
         raise ProtocolError(f"{path}: the receipt under {site!r} is of {receipt.site!r}")
-    return {receipt.run_id: receipt.ledger_head}
+    return receipt
