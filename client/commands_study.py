@@ -83,7 +83,7 @@ def _approve(arguments: argparse.Namespace) -> int:
 def _sensitivity(plan: StudyPlan, config: SiteConfig) -> float | None:
     from client.guard import check_sensitivity  # noqa: PLC0415  # torch takes seconds
 
-    if plan.privacy.mode == "none":
+    if plan.privacy.mode == "none" or not plan.learns:
         return None
     return check_sensitivity(plan, config.device).sensitivity
 

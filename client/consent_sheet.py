@@ -14,6 +14,7 @@ from shared.plan import StudyPlan
 from shared.privacy import (
     costs_of,
     count_noise_multiplier,
+    count_releases_of,
     describe,
     epsilon_of,
 )
@@ -54,6 +55,11 @@ def _learnt(plan: StudyPlan) -> list[str]:
         if image is not None
         else f"{len(task.features)} features: {', '.join(f.name for f in task.features)}"
     )
+    if not plan.learns:
+        return _wrapped(
+            f"Nothing: of {inputs}, and of {task.label!r}, it is counted how many patients have "
+            "which value, and of numbers the mean and the spread, once, over all sites together."
+        )
     size = parameter_spec(build_model(plan)).length
     return [
         *_wrapped(f"{task.label!r} ({task.kind}; positive: {task.positive!r}) from {inputs}"),
@@ -79,6 +85,8 @@ def _cohort(plan: StudyPlan, facts: SiteFacts) -> list[str]:
 
 
 def _leaves(plan: StudyPlan) -> list[str]:
+    if not plan.learns:
+        return [*_wrapped("One encrypted vector, opened only as part of a sum."), *_counted(plan)]
     evaluation = {
         "none": "Nothing about test patients.",
         "noised": "Histograms of test patients' scores, with noise, charged to those patients.",
@@ -92,7 +100,7 @@ def _counted(plan: StudyPlan) -> list[str]:
     """How noisy the released counts are, in patients: what one can and cannot read from them."""
     if count_noise_multiplier(plan) is None:
         return []
-    noise, releases = count_noise(plan), plan.evaluation.releases(plan.training.rounds)
+    noise, releases = count_noise(plan), count_releases_of(plan) - plan.training.spare_rounds
     least = noise.spread(plan.cohort.threshold)
     text = (
         f"{releases} release(s) of {count_kind(plan).cells(plan)} counts, each count with a noise "

@@ -7,9 +7,10 @@ import numpy as np
 from client.data.dataset import PatientDataset
 from client.discrete import discrete_gaussian
 from client.noise import ChaChaRandom
-from shared.counts import CountNoise, Records, Units, count_kind
+from shared.counts import CountNoise, Units, count_kind
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
+from shared.statistics import Records
 
 
 def counts_of(

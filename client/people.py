@@ -4,12 +4,39 @@ from __future__ import annotations
 
 from client.config import Part, SiteConfig, SiteFolder
 from client.consent import Books, People
+from client.data.dataset import PatientDataset, joined
 from client.data.prepared import read_prepared
+from shared.errors import ConfigError
+from shared.models import input_shape
 from shared.plan import StudyPlan
 from shared.privacy import Use, costs_of
 
-PARTS: dict[Use, Part] = {"training": "train", "evaluation": "test"}
-"""Which part of the data each use takes."""
+PARTS: dict[Use, tuple[Part, ...]] = {
+    "training": ("train",),
+    "evaluation": ("test",),
+    "statistics": ("train", "test"),
+}
+"""Which parts of the data each use takes."""
+
+
+def read_parts(
+    folder: SiteFolder, config: SiteConfig, books: Books, plan: StudyPlan, parts: tuple[Part, ...]
+) -> PatientDataset:
+    """The records of some parts, less those of patients who opted out.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or its records do not have the plan's shape.
+    """
+    found = []
+    for part in parts:
+        path = folder.data_file(config, plan, part)
+        data = read_prepared(path)
+        if data.inputs.shape[1:] != input_shape(plan):
+            raise ConfigError(
+                f"{path}: records of shape {data.inputs.shape[1:]}, not {input_shape(plan)}"
+            )
+        found.append(data)
+    return books.opt_out.without(joined(found))
 
 
 def people_of(folder: SiteFolder, config: SiteConfig, books: Books, plan: StudyPlan) -> People:
@@ -20,6 +47,5 @@ def people_of(folder: SiteFolder, config: SiteConfig, books: Books, plan: StudyP
     """
     ids = {}
     for use in costs_of(plan):
-        data = read_prepared(folder.data_file(config, plan, PARTS[use]))
-        ids[use] = books.opt_out.without(data).patient_ids
+        ids[use] = read_parts(folder, config, books, plan, PARTS[use]).patient_ids
     return books.people(plan, ids)

@@ -22,7 +22,7 @@ from shared.errors import ConfigError, PolicyError
 from shared.identity import fingerprint
 from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
-from shared.privacy import costs_of, count_promise_of, epsilon_of
+from shared.privacy import costs_of, count_promise_of, count_use, epsilon_of
 
 SCHEMA = "fedward-policy/1"
 FILE_NAME = "policy.toml"
@@ -251,8 +251,8 @@ def _privacy_reasons(plan: StudyPlan, limits: DatasetPolicy, site: str) -> Itera
         yield f"privacy mode {mode!r} is not in modes"
     if mode == "none":
         return
-    epsilon, delta, clip = plan.privacy.promise
-    promises = {"": (epsilon, delta), "evaluation ": count_promise_of(plan)}
+    epsilon, delta, clip = *plan.privacy.budget, plan.privacy.clip_norm
+    promises = {"": (epsilon, delta), f"{count_use(plan)} ": count_promise_of(plan)}
     for name, promise in promises.items():
         if promise is not None and promise[0] > limits.max_epsilon:
             yield f"{name}epsilon is {promise[0]:g}, max_epsilon is {limits.max_epsilon:g}"
@@ -266,7 +266,7 @@ def _privacy_reasons(plan: StudyPlan, limits: DatasetPolicy, site: str) -> Itera
                 f"{limits.min_noise_multiplier:g}"
             )
     yield from _alone_reasons(plan, limits)
-    if clip > limits.max_clip_norm:
+    if clip is not None and clip > limits.max_clip_norm:
         yield f"clip_norm is {clip:g}, max_clip_norm is {limits.max_clip_norm:g}"
     patients = plan.cohort.expected_patients(site)
     largest = max(promise[1] for promise in promises.values() if promise is not None)
@@ -288,7 +288,7 @@ def _alone_reasons(plan: StudyPlan, limits: DatasetPolicy) -> Iterator[str]:
 
 
 def _content_reasons(plan: StudyPlan, limits: DatasetPolicy) -> Iterator[str]:
-    if plan.model.name not in limits.models:
+    if plan.learns and plan.model.name not in limits.models:
         yield f"model {plan.model.name!r} is not in models"
     if plan.task.kind not in limits.tasks:
         yield f"task {plan.task.kind!r} is not in tasks"

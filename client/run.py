@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from client.config import Part, SiteConfig, SiteFolder
+from client.config import SiteConfig, SiteFolder
 from client.consent import Books, People
 from client.counting import clamped_cells, counts_of, noisy_counts
 from client.data.dataset import PatientDataset
-from client.data.prepared import read_prepared
 from client.guard import check_sensitivity
 from client.ledger import Charge
 from client.noise import ChaChaRandom
+from client.people import PARTS, read_parts
 from client.secagg import Member, RoundTicket
 from client.share import noisy_integers
 from client.store import Prefixed, RunStore
@@ -28,12 +28,19 @@ from shared.errors import ConfigError, ProtocolError
 from shared.evidence import Witness, log_leaves
 from shared.identity import Identity
 from shared.messages import decode
-from shared.models import build_model, initial_parameters, input_shape, parameter_spec
+from shared.models import build_model, initial_parameters, parameter_spec
 from shared.optimizers import apply_update, initial_state
 from shared.own_noise import alone_multipliers
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
-from shared.privacy import Use, costs_of, epsilon_of, noise_multiplier_of
+from shared.privacy import (
+    Use,
+    costs_of,
+    count_promise_of,
+    count_use,
+    epsilon_of,
+    noise_multiplier_of,
+)
 from shared.secagg.messages import Opening
 from shared.secagg.ring import RingVector
 from shared.study import (
@@ -46,7 +53,7 @@ from shared.study import (
     state_to_bytes,
 )
 
-_MADE_FROM_DATA = ("train_data", "test_data", "trainer", "_population", "_people")
+_MADE_FROM_DATA = ("train_data", "counted_data", "trainer", "_people")
 
 
 class SiteRun:
@@ -123,30 +130,24 @@ class SiteRun:
     @functools.cached_property
     def train_data(self) -> PatientDataset:
         """The site's training patients."""
-        return self._data("train")
+        return self._data("training")
+
+    @functools.cached_property
+    def counted_data(self) -> PatientDataset:
+        """The patients whom released counts are about: the test patients, or all."""
+        return self._data(count_use(self.plan))
+
+    def _data(self, use: Use) -> PatientDataset:
+        return read_parts(self._folder, self.config, self._books, self.plan, PARTS[use])
 
     @functools.cached_property
     def _people(self) -> People:
         """Whom the run charges: those very records, not what a file holds by now."""
-        of: dict[Use, PatientDataset] = {}
-        if "training" in self._costs:
-            of["training"] = self.train_data
-        if "evaluation" in self._costs:
-            of["evaluation"] = self.test_data
-        return self._books.people(self.plan, {use: d.patient_ids for use, d in of.items()})
-
-    @functools.cached_property
-    def test_data(self) -> PatientDataset:
-        """The site's test patients."""
-        return self._data("test")
-
-    def _data(self, part: Part) -> PatientDataset:
-        path = self._folder.data_file(self.config, self.plan, part)
-        data = self._books.opt_out.without(read_prepared(path))
-        shape = input_shape(self.plan)
-        if data.inputs.shape[1:] != shape:
-            raise ConfigError(f"{path}: records of shape {data.inputs.shape[1:]}, not {shape}")
-        return data
+        ids = {}
+        for use in self._costs:
+            data = self.train_data if use == "training" else self.counted_data
+            ids[use] = data.patient_ids
+        return self._books.people(self.plan, ids)
 
     @functools.cached_property
     def _random(self) -> ChaChaRandom:
@@ -220,7 +221,8 @@ class SiteRun:
 
     def _reserve(self, ticket: RoundTicket) -> list[Charge]:
         """Charge what this round is about to cost, before any patient is touched."""
-        due: dict[Use, bool] = {"training": self._trains(), "evaluation": self._counts_now()}
+        counts = self._counts_now()
+        due: dict[Use, bool] = {"training": self._trains(), count_use(self.plan): counts}
         if self._costs and "ledger_head" in self.store:
             self._ledger.require_head(self.store["ledger_head"], f"run {self.run_id}")
         self._books.admit(self.plan, self.run_id, self._people)
@@ -265,12 +267,14 @@ class SiteRun:
         return self.layout.pack_integers(noisy_integers(vector, self.layout.share, random), counts)
 
     def _count(self, round_no: int) -> tuple[Units, dict[str, object]]:
-        """The counts of the model that this round starts from, with this site's noise."""
+        """The counts that leave with this round, with this site's noise; and how many were cut."""
         noise = self.layout.count_noise
         if noise is None or not self._counts_now():
             return np.zeros(self.layout.counts, dtype=np.int64), {}
-        outputs = self.trainer.predict(self.state.parameters, self.test_data.inputs)
-        counts = counts_of(self.plan, self.test_data, outputs, noise)
+        data, outputs = self.counted_data, np.zeros(0, dtype=np.float32)
+        if self.plan.learns:
+            outputs = self.trainer.predict(self.state.parameters, data.inputs)
+        counts = counts_of(self.plan, data, outputs, noise)
         random = self._random.fresh_child(f"counts {round_no}")
         facts: dict[str, object] = {"clamped_cells": clamped_cells(counts, noise)}
         return noisy_counts(counts, noise, random), facts
@@ -285,7 +289,7 @@ class SiteRun:
         spent = {use: self._spent(use) for use in self._costs}
         leaves = log_leaves(self.store.evidence())
         nothing = _Spent(0, 0.0, 0.0, 0.0, 0.0)
-        training, counts = (spent.get(use, nothing) for use in ("training", "evaluation"))
+        training, counts = (spent.get(use, nothing) for use in ("training", count_use(self.plan)))
         return Receipt(
             run_id=self.run_id,
             site=self.config.name,
@@ -310,9 +314,8 @@ class SiteRun:
     def _spent(self, use: Use) -> _Spent:
         event, own = self._costs[use], alone_multipliers(self.plan)[use]
         steps, rate = self._ledger.steps(self.run_id, use), event.sample_rate
-        delta = self.plan.privacy.promise[1]
-        if use == "evaluation":
-            delta = self.plan.evaluation.delta or delta
+        promise = count_promise_of(self.plan) if use == count_use(self.plan) else None
+        delta = (promise or self.plan.privacy.budget)[1]
         epsilon, alone = (
             epsilon_of(sigma, rate, steps, delta) for sigma in (event.noise_multiplier, own)
         )
@@ -351,5 +354,5 @@ class _Transaction:
 @functools.lru_cache(maxsize=64)
 def check_once(plan: StudyPlan, device: str) -> None:
     """Run the sensitivity guard once for a plan in this process."""
-    if plan.privacy.mode != "none":
+    if plan.privacy.mode != "none" and plan.learns:
         check_sensitivity(plan, device)

@@ -73,6 +73,26 @@ def names(table: Any, *keys: str) -> list[str]:
     return [v for v in value if isinstance(v, str)] if isinstance(value, list | tuple) else []
 
 
+def numbers(table: Any, *keys: str) -> list[float]:
+    """The finite numbers of a list inside nested mappings, or an empty list."""
+    value = get(table, *keys)
+    items = value if isinstance(value, list | tuple) else []
+    found = [number({"item": item}, "item") for item in items]
+    return [item for item in found if item is not None]
+
+
+def interval(results: Results, metric: str) -> tuple[float, float] | None:
+    """Where the final metric without noise lies; None where its counts carry no noise."""
+    ends = numbers(results, "final", "intervals", metric)
+    return (ends[0], ends[1]) if len(ends) == 2 else None
+
+
+def features(results: Results, which: str = "features") -> list[Mapping[str, Any]]:
+    """What a statistics study counted, feature by feature; `which`: "features" or "exact"."""
+    value = get(results, "statistics", which)
+    return [f for f in value if isinstance(f, Mapping)] if isinstance(value, list | tuple) else []
+
+
 def rounds(results: Results) -> list[Mapping[str, Any]]:
     """The rounds, aborted ones included."""
     value = get(results, "rounds")
@@ -322,6 +342,11 @@ def spent_amount(value: float | None, digits: int = 2) -> str:
 def short(value: float | None) -> str:
     """A setting as it was written: no more digits than it has."""
     return "–" if value is None else f"{value:g}"
+
+
+def significant(value: float | None) -> str:
+    """A measurement in its own unit: four digits that count."""
+    return "–" if value is None else f"{value:.4g}"
 
 
 def whole(value: float | None) -> str:

@@ -74,7 +74,8 @@ def readings_by_round(plan: StudyPlan, reports: Sequence[RoundReport]) -> dict[i
         if not report.reason and len(report.counts):
             deviation = count_noise(plan).spread(len(report.contributors))
             reading = count_kind(plan).read(plan, report.counts, deviation)
-            reading.metrics["patients"] = reading.metrics.pop("count")
+            if "count" in reading.metrics:
+                reading.metrics["patients"] = reading.metrics.pop("count")
             found[report.model_round] = reading
     return found
 
@@ -119,6 +120,7 @@ def server_results(
         },
         "rounds": _rounds(plan, outcome.reports, readings),
         "final": {"metrics": last.metrics, **_intervals(last)},
+        **({} if plan.learns else {"statistics": _statistics(last)}),
         "privacy": _privacy(plan, outcome),
         "wire": _wire(transport),
     }
@@ -129,6 +131,11 @@ def _intervals(reading: Reading) -> dict[str, Any]:
     if not reading.intervals:
         return {}
     return {"intervals": {name: list(ends) for name, ends in reading.intervals.items()}}
+
+
+def _statistics(reading: Reading) -> dict[str, Any]:
+    """What a statistics study found, as results.json has it."""
+    return {"level": LEVEL, "features": list(reading.features)}
 
 
 def _rounds(
@@ -161,10 +168,19 @@ def _rounds(
 def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
     if plan.privacy.mode == "none":
         return {"mode": "none", "sites": {}}
-    epsilon, delta, clip = plan.privacy.promise
+    epsilon, delta = plan.privacy.budget
     sites: dict[str, dict[str, Any]] = {}
     for name, signed in outcome.receipts.items():
         receipt = decode(Receipt, signed.receipt)
+        counted = {
+            "epsilon": receipt.count_epsilon,
+            "epsilon_alone": receipt.count_epsilon_alone,
+            "noise_multiplier": receipt.count_noise_multiplier,
+            "releases": receipt.count_releases,
+        }
+        if not plan.learns:
+            sites[name] = counted
+            continue
         sites[name] = {
             "epsilon": receipt.epsilon,
             "epsilon_alone": receipt.epsilon_alone,
@@ -173,20 +189,15 @@ def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
             "steps": receipt.steps,
         }
         if receipt.count_releases:
-            sites[name]["evaluation"] = {
-                "epsilon": receipt.count_epsilon,
-                "epsilon_alone": receipt.count_epsilon_alone,
-                "noise_multiplier": receipt.count_noise_multiplier,
-                "releases": receipt.count_releases,
-            }
+            sites[name]["evaluation"] = counted
     return {
         "mode": plan.privacy.mode,
         "delta": delta,
         "target_epsilon": epsilon,
-        "clip_norm": clip,
+        "clip_norm": plan.privacy.clip_norm,
         "accountant": f"PLD (dp-accounting), grid {GRID:g}",
         "relation": "add or remove one patient",
-        "sampling": "Poisson",
+        "sampling": "Poisson" if plan.learns else "none: every patient counts once",
         "sites": sites,
         **_evaluation(plan),
     }
@@ -195,7 +206,7 @@ def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
 def _evaluation(plan: StudyPlan) -> dict[str, Any]:
     """What the released counts were to cost the test patients."""
     promise = count_promise_of(plan)
-    if promise is None:
+    if promise is None or not plan.learns:
         return {}
     epsilon, delta = promise
     return {"evaluation": {"target_epsilon": epsilon, "delta": delta, "level": LEVEL}}

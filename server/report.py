@@ -12,6 +12,7 @@ from pathlib import Path
 from server import facts
 from server.facts import Results, amount, number, spent_amount, text
 from server.markup import Html, element, join
+from server.report_counts import statistics_section
 from server.report_parts import paragraph, section
 from server.report_privacy import privacy_section
 from server.report_record import audit_section, traffic_section
@@ -62,7 +63,7 @@ def render(results: Results) -> str:
     )
     sections = [
         privacy_section(results),
-        result_section(results),
+        statistics_section(results) or result_section(results),
         hospital_section(results),
         traffic_section(results),
         participation_section(results),
@@ -127,6 +128,12 @@ def _summary(results: Results) -> str:
         f"{facts.plural(sites, 'hospital')} trained one model ({model}{sized}) together in "
         f"{facts.plural(count, 'round')}; the server saw only sums of their updates."
     ]
+    if facts.features(results):
+        counted = facts.plural(len(facts.features(results)), "feature")
+        said = [
+            f"{facts.plural(sites, 'hospital')} counted {counted} of their patients together; the "
+            "server saw only sums of their counts."
+        ]
     spent, promised = facts.spent_epsilon(results), number(results, "privacy", "target_epsilon")
     if facts.is_private(results) and spent is not None:
         of = "" if promised is None else f" of the {amount(promised)} promised"
@@ -140,6 +147,8 @@ def _summary(results: Results) -> str:
     if metric is not None and final is not None:
         name = facts.METRICS[metric][0]
         line = f"The final model reaches {name} {final:.3f}"
+        if ends := facts.interval(results, metric):
+            line += f" (without the noise on its counts between {ends[0]:.3f} and {ends[1]:.3f})"
         pooled = number(results, "baselines", "pooled", "metrics", metric)
         if pooled is not None:
             line += f"; trained on pooled data without privacy it would reach {pooled:.3f}"
@@ -154,7 +163,8 @@ def _tiles(results: Results) -> Html:
     patients = facts.test_patients(results)
     tested = "not tested" if final is None else "at the end of the study"
     if final is not None and patients is not None:
-        tested = f"on {facts.plural(patients, 'test patient')}"
+        about = "about " if facts.interval(results, metric or "") else ""
+        tested = f"on {about}{facts.plural(patients, 'test patient')}"
     spent, promised = facts.spent_epsilon(results), number(results, "privacy", "target_epsilon")
     budget = "no bound at all" if not facts.is_private(results) else "of an unknown promise"
     if facts.is_private(results) and promised is not None:
@@ -164,8 +174,12 @@ def _tiles(results: Results) -> Html:
     lost = sum(len(gone) for _, gone in facts.dropouts(results))
     threshold = number(results, "cohort", "threshold")
     needed = "" if threshold is None else f"any {threshold:.0f} finish a round"
+    counted = facts.features(results)
+    first = ("Features", f"{len(counted):,}", "counted over all hospitals")
     entries = [
-        ("AUROC" if metric is None else facts.METRICS[metric][0], amount(final, 3), tested),
+        first
+        if counted
+        else ("AUROC" if metric is None else facts.METRICS[metric][0], amount(final, 3), tested),
         ("ε spent", spent_amount(spent), budget)
         if facts.is_private(results)
         else ("Privacy", "none", budget),

@@ -35,6 +35,7 @@ def privacy_section(results: Results) -> Html:
         title,
         _budget(spent, promised),
         _plain_words(promised if spent is None else spent, delta),
+        _evaluation(results),
         _epsilon_curve(results, promised),
         element("h3", "How it was counted"),
         fact_list(_counting(results)),
@@ -49,6 +50,23 @@ def _budget(spent: float | None, promised: float | None) -> Html | None:
         gauge(alt, spent, promised, width=860),
         caption=f"ε = {spent_amount(spent)} spent of the {amount(promised)} promised "
         "(red mark), for the hospital that spent most.",
+    )
+
+
+def _evaluation(results: Results) -> Html | None:
+    """What the noisy metrics cost the patients whom the model was tested on."""
+    sites = facts.mapping(facts.get(results, "privacy", "sites")).values()
+    spent = [e for s in sites if (e := number(s, "evaluation", "epsilon")) is not None]
+    promised = number(results, "privacy", "evaluation", "target_epsilon")
+    if not spent or promised is None:
+        return None
+    delta = number(results, "privacy", "evaluation", "delta")
+    releases = max(int(number(s, "evaluation", "releases") or 0) for s in sites)
+    return paragraph(
+        element("strong", "Test patients "),
+        f"have a budget of their own: {facts.plural(releases, 'release')} of their scores' "
+        f"histograms cost at most ε = {spent_amount(max(spent))} of the {amount(promised)} "
+        f"promised at δ = {facts.delta_text(delta)}.",
     )
 
 
@@ -123,6 +141,7 @@ def _epsilon_curve(results: Results, promised: float | None) -> Html | None:
     )
 
 
+_CLIP = "the most that one patient's gradient may weigh in a step"
 _MODES = {
     "local": "local: each hospital adds all the noise itself before it encrypts, so neither the "
     "server nor another hospital has to be trusted for this bound",
@@ -144,8 +163,5 @@ def _counting(results: Results) -> list[tuple[str, Child]]:
         ("Accountant", text(results, "privacy", "accountant")),
         ("Mode", _MODES.get(mode, mode)),
         ("δ", f"{facts.delta_text(delta)}, a chance of {facts.small_chance(delta)}"),
-        (
-            "Clip norm",
-            f"{facts.short(clip)}, the most that one patient's gradient may weigh in a step",
-        ),
+        *([("Clip norm", f"{facts.short(clip)}, {_CLIP}")] if clip is not None else []),
     ]

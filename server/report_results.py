@@ -11,6 +11,7 @@ from server.charts import Level, Line, line_chart
 from server.charts_blocks import Bar, bar_chart
 from server.facts import Results, amount
 from server.markup import Html, element, join
+from server.report_counts import noise_note
 from server.report_parts import (
     Column,
     Row,
@@ -40,6 +41,7 @@ def result_section(results: Results) -> Html:
         "result",
         "Result",
         _tested_on(results),
+        noise_note(results),
         _main_curve(results, metric),
         _other_curves(results, metric),
         _comparison(results),
@@ -49,14 +51,20 @@ def result_section(results: Results) -> Html:
 
 def _tested_on(results: Results) -> Html:
     patients = facts.test_patients(results)
+    noisy = facts.interval(results, facts.main_metric(results) or "") is not None
     who = "the hospitals' test patients"
     if patients is not None:
-        who = f"{facts.plural(patients, 'test patient')} of all hospitals together"
+        about = "about " if noisy else ""
+        who = f"{about}{facts.plural(patients, 'test patient')} of all hospitals together"
     said = f"All figures are on {who}, none of whom took part in training."
-    known = {
-        "AUROC": facts.auroc_interval(results),
-        "accuracy": facts.accuracy_interval(results),
-    }
+    known = (
+        {}
+        if noisy
+        else {
+            "AUROC": facts.auroc_interval(results),
+            "accuracy": facts.accuracy_interval(results),
+        }
+    )
     ranges = [f"{name} between {i[0]:.3f} and {i[1]:.3f}" for name, i in known.items() if i]
     if ranges:
         said += (
@@ -88,6 +96,8 @@ def _main_curve(results: Results, metric: str) -> Html | None:
     points, name = _points(results, metric), facts.METRICS[metric][0]
     if not points:
         return paragraph("The model was not tested between the rounds, so there is no curve.")
+    if len(points) == 1:
+        return paragraph("The model was tested at the end alone, so there is no curve.")
     levels = _levels(results, metric)
     own = facts.compared_models(results)[0].name
     line = Line(f"{own} {points[-1][1]:.3f}", points, "study")
@@ -278,14 +288,26 @@ def _privacy_table(results: Results, sites: list[str]) -> Html:
         "× clip norm; the sample rate is each patient's chance to be in a step"
     )
     fields = [
-        field("ε spent", "epsilon", lambda v: facts.spent_amount(v, 3)),
+        field("ε spent", "epsilon", _spent),
+        field("ε if all others collude", "epsilon_alone", _spent),
+        _Field(
+            "ε of test patients",
+            lambda site: facts.number(table_of, site, "evaluation", "epsilon"),
+            _spent,
+        ),
         field("noise multiplier", "noise_multiplier", _three),
         field("sample rate", "sample_rate", lambda v: "–" if v is None else f"{v:.4g}"),
         field("steps", "steps", facts.whole),
         field("patients", "patients", facts.whole),
         last,
     ]
-    return _hospitals(caption, sites, fields)
+    always = ("ε spent", last.title)
+    known = [f for f in fields if f.title in always or any(f.value(s) is not None for s in sites)]
+    return _hospitals(caption, sites, known)
+
+
+def _spent(value: float | None) -> str:
+    return facts.spent_amount(value, 3)
 
 
 def _three(value: float | None) -> str:

@@ -64,6 +64,22 @@ _METRICS = _table(
     },
 )
 _INTERVALS: Rule = {"type": "object", "additionalProperties": {"type": "array", "items": _SHARE}}
+_NUMBERS: Rule = {"type": "array", "items": {"type": "number"}}
+_FEATURE = _table(
+    {"name": _TEXT, "type": _TEXT, "histogram": _NUMBERS, "present": _AMOUNT},
+    {
+        "missing": _AMOUNT,
+        "deviation": _AMOUNT,
+        "unit": _TEXT,
+        "categories": _NAMES,
+        "edges": _NUMBERS,
+        "mean": {"type": "number"},
+        "mean_interval": _NUMBERS,
+        "standard_deviation": _AMOUNT,
+        "present_interval": _NUMBERS,
+        "missing_interval": _NUMBERS,
+    },
+)
 _ROUND = _table(
     {
         "round": _POSITIVE,
@@ -99,6 +115,8 @@ _SITE_PRIVACY = _table(
         "sample_rate": _SHARE,
         "steps": _COUNT,
         "patients": _COUNT,
+        "epsilon_alone": _AMOUNT,
+        "releases": _COUNT,
         "evaluation": _SITE_EVALUATION,
     },
 )
@@ -157,6 +175,8 @@ STRUCTURE: Rule = _table(
             {},
             {"bits": _COUNT, "coordinates": _COUNT, "clip_range": _AMOUNT, "protocol": _TEXT},
         ),
+        # Of a study that trains nothing: what it counted.
+        "statistics": _table({"features": {"type": "array", "items": _FEATURE}}, {"level": _SHARE}),
         "baselines": _table(
             {},
             {

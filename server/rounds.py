@@ -26,6 +26,7 @@ from server.outcome import Observer, RoundReport, StudyOutcome, Traffic
 from server.progress import Keeper, Progress, SiteProgress
 from server.rollcall import RollCall
 from server.secagg import Relay
+from shared.counts import releases_counts
 from shared.errors import CohortError, ConfigError, ProtocolError
 from shared.evidence import Witness
 from shared.identity import verify
@@ -196,7 +197,7 @@ class Study:
         if not at.sites:
             self._set_up()
             self._save()
-        last = training.rounds + (1 if self.plan.evaluation.release != "none" else 0)
+        last = training.rounds + (1 if releases_counts(self.plan) else 0)
         while at.finished < last:
             if at.aborts > training.spare_rounds:
                 raise CohortError(

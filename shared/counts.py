@@ -24,6 +24,7 @@ from shared.errors import ConfigError
 from shared.metrics import Reading, read_binary, score_histogram
 from shared.plan import StudyPlan
 from shared.privacy import count_noise_multiplier
+from shared.statistics import Records, count_features, feature_cells, read_features
 
 Units = NDArray[np.int64]
 
@@ -36,23 +37,6 @@ ROOM = 4
 
 MAX_TEST_PATIENTS = 1_000_000
 """Test patients that one site may count in one cell where counts are exact."""
-
-
-@dataclass(frozen=True)
-class Records:
-    """Records as counting needs them.
-
-    Attributes:
-        owners: int64, shape (n,): which patient each record belongs to, from 0.
-        labels: int64, shape (n,).
-        inputs: float32, shape (n, *input_shape), scaled by the plan.
-        outputs: What the model says of each record, shape (n, ...); empty without a model.
-    """
-
-    owners: Units
-    labels: Units
-    inputs: NDArray[np.float32]
-    outputs: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -93,7 +77,22 @@ def _count_scores(plan: StudyPlan, records: Records, unit: int) -> Units:
     return score_histogram(records.outputs, records.labels, plan.evaluation.bins, weights)
 
 
+def _count_features(plan: StudyPlan, records: Records, unit: int) -> Units:
+    weights = record_weights(records.owners, unit)
+    return count_features(feature_cells(plan), records, weights)
+
+
+def _read_features(plan: StudyPlan, counts: NDArray[np.float64], deviation: float) -> Reading:
+    return Reading({}, {}, read_features(plan, counts, deviation))
+
+
 COUNTS: dict[str, CountKind] = {
+    "statistics": CountKind(
+        cells=lambda plan: feature_cells(plan).cells,
+        blocks=lambda plan: feature_cells(plan).blocks,
+        count=_count_features,
+        read=_read_features,
+    ),
     "binary": CountKind(
         cells=lambda plan: 2 * plan.evaluation.bins,
         blocks=lambda plan: 1,
@@ -175,4 +174,9 @@ def count_noise(plan: StudyPlan) -> CountNoise:
 
 def due_counts(plan: StudyPlan, finished: int) -> bool:
     """Whether counts leave with the round that starts from the model of `finished` rounds."""
-    return plan.evaluation.is_due(finished, plan.training.rounds)
+    return not plan.learns or plan.evaluation.is_due(finished, plan.training.rounds)
+
+
+def releases_counts(plan: StudyPlan) -> bool:
+    """Whether a study of this plan ever releases counts."""
+    return not plan.learns or plan.evaluation.release != "none"

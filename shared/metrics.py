@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,10 +45,12 @@ class Reading:
     """What summed counts say: metrics, and where noise hides them, their intervals at `LEVEL`.
 
     A metric that is undefined (one class only, or counts that are noise alone) is left out.
+    `features` are a study's statistics, as results.json has them.
     """
 
     metrics: dict[str, float]
     intervals: dict[str, Interval] = field(default_factory=dict)
+    features: tuple[dict[str, Any], ...] = ()
 
 
 def score_histogram(
@@ -128,6 +131,31 @@ def read_binary(counts: Reals, deviation: float) -> Reading:
 _Known = tuple[float, Interval]
 
 
+def fieller(over: Reals, under: Reals, table: Reals, deviation: float) -> _Known | None:
+    """A ratio of two weighted sums of noisy cells, and its interval at `LEVEL`.
+
+    Args:
+        over: Weights of the numerator, the table's shape.
+        under: Weights of the denominator.
+        table: Cells, each with independent normal noise.
+        deviation: Its standard deviation.
+
+    Returns:
+        None where the denominator is not above 0; an unbounded interval where it may be 0.
+    """
+    a, b = float((over * table).sum()), float((under * table).sum())
+    if b <= 0:
+        return None
+    slack = (_Z * deviation) ** 2
+    square = b * b - slack * float((under**2).sum())
+    if square <= 0:
+        return a / b, (-math.inf, math.inf)
+    middle = (a * b - slack * float((over * under).sum())) / square
+    rest = (a * a - slack * float((over**2).sum())) / square
+    half = math.sqrt(max(middle * middle - rest, 0.0))
+    return a / b, (middle - half, middle + half)
+
+
 class _Forms:
     """Linear and bilinear forms of one noisy histogram, shape (2, bins): negatives, positives."""
 
@@ -154,19 +182,12 @@ class _Forms:
         }
 
     def ratio(self, over: Reals, under: Reals) -> _Known | None:
-        """A ratio of two linear sums, by Fieller; None where the denominator is not above 0."""
-        a, b = float((over * self._table).sum()), float((under * self._table).sum())
-        if b <= 0:
+        """A ratio of two linear sums, between 0 and 1."""
+        found = fieller(over, under, self._table, math.sqrt(self._variance))
+        if found is None:
             return None
-        slack = _Z**2 * self._variance
-        square = b * b - slack * float((under**2).sum())
-        point = _share(a / b)
-        if square <= 0:
-            return point, (0.0, 1.0)
-        middle = (a * b - slack * float((over * under).sum())) / square
-        rest = (a * a - slack * float((over**2).sum())) / square
-        half = math.sqrt(max(middle * middle - rest, 0.0))
-        return point, (_share(middle - half), _share(middle + half))
+        point, (low, high) = found
+        return _share(point), (_share(low), _share(high))
 
     def balanced(self, recall: _Known | None, specificity: _Known | None) -> _Known | None:
         """The mean of recall and specificity."""

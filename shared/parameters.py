@@ -52,6 +52,8 @@ class ParameterSpec:
             raise ConfigError(
                 f"a parameter vector has shape {vector.shape}; the model needs ({self.length},)"
             )
+        if not self.names:
+            return {}
         cuts = np.cumsum(self.sizes)[:-1]
         parts = np.split(vector, cuts)
         return {

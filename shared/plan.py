@@ -99,11 +99,14 @@ class ImagePlan:
 
 @dataclass(frozen=True)
 class TaskPlan:
-    """What is learnt, from which inputs: a table's features, or an image."""
+    """What is learnt, from which inputs: a table's features, or an image.
+
+    Kind "statistics" learns nothing: the features and the label are counted, once.
+    """
 
     label: str
     positive: str = "1"
-    kind: Literal["binary"] = "binary"
+    kind: Literal["binary", "statistics"] = "binary"
     features: tuple[FeaturePlan, ...] = ()
     image: ImagePlan | None = None
     encoding: Literal["one-hot", "drop-first"] = "one-hot"
@@ -118,6 +121,14 @@ class TaskPlan:
         names = [f.name for f in self.features]
         require(len(set(names)) == len(names), "two features have the same name")
         require(self.label not in names, f"the label {self.label!r} is also a feature")
+        if self.kind == "statistics":
+            require(self.image is None, "kind 'statistics' counts a table's features, not images")
+            hidden = [f.name for f in self.features if f.missing == "midpoint"]
+            require(
+                not hidden,
+                f"feature {''.join(hidden[:1])!r}: missing = 'midpoint' would count missing "
+                "values as measured ones; use 'indicator' or 'refuse' with kind 'statistics'",
+            )
 
 
 @dataclass(frozen=True)
@@ -163,7 +174,7 @@ class TrainingPlan:
     round_timeout_s: float = 3600.0
 
     def __post_init__(self) -> None:
-        require(1 <= self.rounds <= 100_000, f"rounds is {self.rounds}; valid: 1 to 100000")
+        require(0 <= self.rounds <= 100_000, f"rounds is {self.rounds}; valid: 1 to 100000")
         require(1 <= self.local_steps <= 100_000, f"local_steps is {self.local_steps}; 1 or more")
         require(self.learning_rate > 0, f"learning_rate is {self.learning_rate:g}; above 0")
         require(0 <= self.momentum < 1, f"momentum is {self.momentum:g}; valid: 0 up to below 1")
@@ -228,14 +239,22 @@ class PrivacyPlan:
     def __post_init__(self) -> None:
         if self.mode == "none":
             return
-        for name in ("epsilon", "delta", "clip_norm"):
+        for name in ("epsilon", "delta"):
             require(getattr(self, name) is not None, f"mode {self.mode!r} needs {name}")
-        epsilon, delta, clip = self.promise
+        epsilon, delta = self.budget
         require(epsilon > 0, f"epsilon is {epsilon:g}; it must be above 0")
         require(0 < delta <= 1e-2, f"delta is {delta:g}; valid: above 0, at most 0.01")
-        require(clip > 0, f"clip_norm is {clip:g}; it must be above 0")
+        clip = self.clip_norm
+        require(clip is None or clip > 0, f"clip_norm is {clip or 0:g}; it must be above 0")
         if self.noise_multiplier is not None:
             require(self.noise_multiplier > 0, "noise_multiplier must be above 0")
+
+    @property
+    def budget(self) -> tuple[float, float]:
+        """(epsilon, delta) of the whole study; ConfigError where privacy is off."""
+        if self.epsilon is None or self.delta is None:
+            raise ConfigError(f"mode {self.mode!r} promises no epsilon and delta")
+        return self.epsilon, self.delta
 
     @property
     def promise(self) -> tuple[float, float, float]:
@@ -378,6 +397,20 @@ class EvaluationPlan:
 
 
 @dataclass(frozen=True)
+class StatisticsPlan:
+    """What a study of kind "statistics" counts of each number: a histogram over its range."""
+
+    bins: int = 10
+
+    def __post_init__(self) -> None:
+        require(2 <= self.bins <= 1000, f"bins is {self.bins}; valid: 2 to 1000")
+
+
+NO_MODEL = ModelPlan("none")
+NO_TRAINING = TrainingPlan(rounds=0, local_steps=1, learning_rate=1.0)
+
+
+@dataclass(frozen=True)
 class StudyPlan:
     """One study, whole. Build it with `load`, `from_table` or `from_bytes`.
 
@@ -386,13 +419,14 @@ class StudyPlan:
 
     name: str
     task: TaskPlan
-    model: ModelPlan
-    training: TrainingPlan
     privacy: PrivacyPlan
     cohort: CohortPlan
+    model: ModelPlan = NO_MODEL
+    training: TrainingPlan = NO_TRAINING
     optimizer: OptimizerPlan = field(default_factory=OptimizerPlan)
     secure_sum: SecureSumPlan = field(default_factory=SecureSumPlan)
     evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
+    statistics: StatisticsPlan = field(default_factory=StatisticsPlan)
     description: str = ""
     requires_fedward: str = ""
     schema: Literal["fedward-plan/1"] = "fedward-plan/1"
@@ -400,7 +434,39 @@ class StudyPlan:
     def __post_init__(self) -> None:
         require(bool(NAME.fullmatch(self.name)), f"name {self.name!r}: use a-z, 0-9, hyphens")
         specifier(self.requires_fedward, "requires_fedward")
+        if self.learns:
+            self._check_learning()
+        else:
+            self._check_counting()
+
+    @property
+    def learns(self) -> bool:
+        """Whether a model is trained; statistics alone are counted, in one round."""
+        return self.task.kind != "statistics"
+
+    def _check_counting(self) -> None:
+        for name, what in (("rounds", "a round of training"), ("sample_rate", "sampling")):
+            require(
+                not getattr(self.training, name),
+                f"training: {name} asks for {what}, and a study of kind 'statistics' trains "
+                "nothing; leave [training] out, or give spare_rounds alone",
+            )
+        require(
+            self.model == NO_MODEL, "model: a study of kind 'statistics' has none; leave it out"
+        )
+        require(
+            self.evaluation.release == "none",
+            "evaluation: a study of kind 'statistics' has no model; leave it out",
+        )
+
+    def _check_learning(self) -> None:
         training, private = self.training, self.privacy.mode != "none"
+        require(self.model != NO_MODEL, "the table [model] is missing. Name a model.")
+        require(training.rounds >= 1, "training: rounds is 0 or missing; 1 or more")
+        require(
+            not private or self.privacy.clip_norm is not None,
+            f"privacy: mode {self.privacy.mode!r} needs clip_norm",
+        )
         if self.privacy.mode == "distributed":
             for name, only in (("local_steps", 1), ("momentum", 0), ("weight_decay", 0)):
                 require(

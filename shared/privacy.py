@@ -220,15 +220,15 @@ def steps_of(plan: StudyPlan) -> int:
 
 
 def noise_multiplier_of(plan: StudyPlan) -> float | None:
-    """The noise multiplier every site of the plan uses; None where privacy is off.
+    """The noise multiplier of training at every site; None where privacy is off, or nothing learnt.
 
     Raises:
         ConfigError: the plan states a multiplier that breaks its own promise; the message has
             the epsilon it would really cost and the least multiplier that keeps the promise.
     """
-    if plan.privacy.mode == "none":
+    if plan.privacy.mode == "none" or not plan.learns:
         return None
-    epsilon, delta, _ = plan.privacy.promise
+    epsilon, delta = plan.privacy.budget
     given = plan.privacy.noise_multiplier
     return _calibrated(given, epsilon, delta, _sample_rate(plan), steps_of(plan))
 
@@ -254,15 +254,23 @@ def count_releases_of(plan: StudyPlan) -> int:
 
     A release whose round aborts is drawn anew and costs again, as training does.
     """
-    return plan.evaluation.releases(plan.training.rounds) + plan.training.spare_rounds
+    counted = plan.evaluation.releases(plan.training.rounds) if plan.learns else 1
+    return counted + plan.training.spare_rounds
+
+
+def count_use(plan: StudyPlan) -> Use:
+    """What the plan's released counts are charged for."""
+    return "evaluation" if plan.learns else "statistics"
 
 
 def count_promise_of(plan: StudyPlan) -> tuple[float, float] | None:
-    """(epsilon, delta) of the released counts of test patients; None where none has noise."""
+    """(epsilon, delta) of the released counts; None where none has noise."""
+    if not plan.learns:
+        return plan.privacy.budget if plan.privacy.mode != "none" else None
     evaluation = plan.evaluation
     if evaluation.release != "noised" or evaluation.epsilon is None:
         return None
-    return evaluation.epsilon, evaluation.delta or plan.privacy.promise[1]
+    return evaluation.epsilon, evaluation.delta or plan.privacy.budget[1]
 
 
 def count_noise_multiplier(plan: StudyPlan) -> float | None:
@@ -274,31 +282,40 @@ def count_noise_multiplier(plan: StudyPlan) -> float | None:
     promise = count_promise_of(plan)
     if promise is None:
         return None
-    return _calibrated(plan.evaluation.noise_multiplier, *promise, 1.0, count_releases_of(plan))
+    stated = plan.evaluation if plan.learns else plan.privacy
+    return _calibrated(stated.noise_multiplier, *promise, 1.0, count_releases_of(plan))
 
 
 @lru_cache(maxsize=256)
 def costs_of(plan: StudyPlan) -> Mapping[Use, PrivacyEvent]:
     """All that a plan may cost a patient, by what it is charged for; empty where privacy is off.
 
-    Training draws patients by the sample rate; a release of counts takes every test patient.
+    Training draws patients by the sample rate; a release of counts takes every patient of its part.
     """
     costs: dict[Use, PrivacyEvent] = {}
     sigma, counts = noise_multiplier_of(plan), count_noise_multiplier(plan)
     if sigma is not None:
         costs["training"] = PrivacyEvent(sigma, _sample_rate(plan), steps_of(plan))
     if counts is not None:
-        costs["evaluation"] = PrivacyEvent(counts, 1.0, count_releases_of(plan))
+        costs[count_use(plan)] = PrivacyEvent(counts, 1.0, count_releases_of(plan))
     return costs
 
 
 def describe(plan: StudyPlan) -> str:
     """The promise in words, for approval screens, reports and logs."""
-    sigma = noise_multiplier_of(plan)
-    if sigma is None:
+    if plan.privacy.mode == "none":
         return (
             "No privacy: mode 'none' trains without clipping and without noise. It exists in the "
             "simulator only; every site refuses it."
+        )
+    sigma = noise_multiplier_of(plan)
+    if sigma is None:
+        return (
+            f"({plan.privacy.budget[0]:g}, {plan.privacy.budget[1]:g})-differential privacy for "
+            "each patient of one site: with or without one patient and all of that patient's "
+            f"records (add or remove), what leaves is nearly as likely. {_describe_counts(plan)} "
+            "A patient of k sites has k times the sensitivity. Accountant: dp-accounting, PLD, "
+            f"grid {GRID:g}."
         )
     _, delta, clip = plan.privacy.promise
     rate, steps = _sample_rate(plan), steps_of(plan)
@@ -310,7 +327,7 @@ def describe(plan: StudyPlan) -> str:
         f"independently with rate {rate:g} (Poisson), clips a patient's gradient to norm "
         f"{clip:g}, and adds Gaussian noise of {sigma:g} times that norm. A patient of k sites "
         f"has k times the sensitivity. Accountant: dp-accounting, PLD, grid {GRID:g}."
-        f"{_describe_counts(plan)}"
+        + (f" {counts}" if (counts := _describe_counts(plan)) else "")
     )
 
 
@@ -319,11 +336,11 @@ def _describe_counts(plan: StudyPlan) -> str:
     if promise is None or sigma is None:
         return ""
     releases, delta = count_releases_of(plan), promise[1]
+    who = "Test patients pay for the histograms of their scores" if plan.learns else "Counts cost"
     return (
-        f" Test patients pay for the histograms of their scores: "
-        f"({epsilon_of(sigma, 1.0, releases, delta):.3f}, {delta:g}) over {releases} release(s), "
-        f"each with Gaussian noise of {sigma:g} times what one patient weighs in all its "
-        "histograms together."
+        f"{who}: ({epsilon_of(sigma, 1.0, releases, delta):.3f}, {delta:g}) over {releases} "
+        f"release(s), each with Gaussian noise of {sigma:g} times what one patient weighs in all "
+        "its counts together."
     )
 
 

@@ -22,7 +22,7 @@ from typing import Annotated
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.counts import CountNoise, Units, count_kind, count_noise, due_counts
+from shared.counts import CountNoise, Units, count_kind, count_noise, due_counts, releases_counts
 from shared.distributed import NoiseShare, divisor, noise_share
 from shared.errors import ProtocolError
 from shared.messages import (
@@ -248,7 +248,7 @@ class VectorLayout:
     @cached_property
     def count_noise(self) -> CountNoise | None:
         """Unit and noise of the counts; None where none are released."""
-        return count_noise(self.plan) if self.plan.evaluation.release != "none" else None
+        return count_noise(self.plan) if releases_counts(self.plan) else None
 
     @property
     def _exact(self) -> bool:
@@ -292,7 +292,7 @@ class VectorLayout:
     @cached_property
     def share(self) -> NoiseShare | None:
         """How sites of a `distributed` plan scale their sums and share the noise; else None."""
-        if self.plan.privacy.mode != "distributed":
+        if self.plan.privacy.mode != "distributed" or not self.plan.learns:
             return None
         return noise_share(self.plan, self.parameters)
 

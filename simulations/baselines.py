@@ -15,12 +15,13 @@ import numpy as np
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
-from shared.counts import EXACT_UNIT, Units, record_weights
+from shared.counts import EXACT_UNIT, Units, count_kind, record_weights
 from shared.metrics import binary_metrics, score_histogram
 from shared.models import initial_parameters
 from shared.parameters import FlatVector
 from shared.plan import EvaluationPlan, PrivacyPlan, SitePlan, StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
+from shared.statistics import Records
 from simulations.hospitals import Hospital
 
 EXACT_BINS = 256
@@ -125,3 +126,13 @@ def exact_counts(
     logits = trainer.predict(model, test.inputs)
     weights = record_weights(test.patients, EXACT_UNIT)
     return score_histogram(logits, test.labels, bins, weights)
+
+
+def exact_statistics(plan: StudyPlan, parts: Sequence[PatientDataset]) -> list[dict[str, Any]]:
+    """What a statistics study counts, without noise."""
+    kind, nothing = count_kind(plan), np.zeros(0, dtype=np.float32)
+    counts = sum(
+        kind.count(plan, Records(p.patients, p.labels, p.inputs, nothing), EXACT_UNIT)
+        for p in parts
+    )
+    return list(kind.read(plan, np.asarray(counts) / EXACT_UNIT, 0.0).features)

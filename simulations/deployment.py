@@ -202,7 +202,7 @@ class Deployment:
     def approve(self) -> None:
         """What `fedward-site approve` does, at every site: one run each."""
         for hospital in self.hospitals:
-            approve(SiteFolder(self.site(hospital.name)), self.plan, hospital)
+            approve(SiteFolder(self.site(hospital.name)), self.plan)
 
     def rounds(self) -> list[dict[str, Any]]:
         """rounds.jsonl of the latest run."""

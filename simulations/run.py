@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 
 from client.app import forget_sites
 from client.config import SiteFolder
+from client.data.dataset import PatientDataset, joined
 from client.evidence import export_run
 from client.run import check_once
 from client.training import choose_device
@@ -32,8 +33,8 @@ from shared.errors import CohortError
 from shared.models import build_model, parameter_spec
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
-from shared.privacy import noise_multiplier_of
-from simulations.baselines import evaluate, pool, train_baselines
+from shared.privacy import costs_of
+from simulations.baselines import evaluate, exact_statistics, pool, train_baselines
 from simulations.engines import run_in_process, run_on_ray
 from simulations.grid import FaultHook, no_faults
 from simulations.hospitals import Hospital, load_hospitals
@@ -103,7 +104,11 @@ def prepare(scenario: Scenario, options: RunOptions) -> PreparedRun:
     )
     _fit_threads(scenario.plan)
     hospitals = load_hospitals(scenario.simulation, scenario.plan)
-    noise_multiplier_of(scenario.plan)
+    costs_of(scenario.plan)
+    require(
+        scenario.plan.learns or not options.baselines,
+        "a study of kind 'statistics' trains nothing: leave --baselines out.",
+    )
     check_once(scenario.plan, options.device)
     return PreparedRun(scenario, hospitals, options)
 
@@ -223,7 +228,8 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     for hospital in run.hospitals:
         site = fields["privacy"]["sites"].get(hospital.name)
         if site is not None:
-            site["patients"] = hospital.train.patient_count
+            counted = hospital.test.patient_count if not plan.learns else 0
+            site["patients"] = hospital.train.patient_count + counted
     fields |= {
         "scenario": scenario.name,
         "title": simulation.title,
@@ -236,20 +242,33 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
         "data": {"source": simulation.source} | asdict(_ORIGINS[simulation.source]),
         "warnings": [EXACT_WARNING if exact else PER_SITE_WARNING],
     }
-    parameters = done.outcome.state.parameters
-    tested = float(sum(h.test.patient_count for h in run.hospitals))
-    everyone = pool([h.test for h in run.hospitals])
-    if exact:
-        fields["final"]["metrics"] |= {"patients": tested}
+    if plan.learns:
+        _add_metrics(run, fields, done.outcome.state.parameters)
     else:
-        metrics = evaluate(plan, parameters, everyone, run.options.device)
-        fields["final"]["exact_metrics"] = metrics | {"patients": tested}
-    fields["final"] |= {"exact": exact, "per_site": _per_site(run, parameters)}
+        fields["statistics"]["exact"] = exact_statistics(plan, [*_parts(run.hospitals)])
     if run.options.baselines:
         fields["baselines"] = train_baselines(
             plan, run.hospitals, simulation.seed, run.options.device
         )
     return build_results(**fields)
+
+
+def _add_metrics(run: PreparedRun, fields: dict[str, Any], parameters: FlatVector) -> None:
+    """Metrics without noise, which a simulation alone may show."""
+    exact = run.plan.evaluation.release == "exact"
+    tested = float(sum(h.test.patient_count for h in run.hospitals))
+    if exact:
+        fields["final"]["metrics"] |= {"patients": tested}
+    else:
+        everyone = pool([h.test for h in run.hospitals])
+        metrics = evaluate(run.plan, parameters, everyone, run.options.device)
+        fields["final"]["exact_metrics"] = metrics | {"patients": tested}
+    fields["final"] |= {"exact": exact, "per_site": _per_site(run, parameters)}
+
+
+def _parts(hospitals: Sequence[Hospital]) -> Iterator[PatientDataset]:
+    for hospital in hospitals:
+        yield joined([hospital.train, hospital.test])
 
 
 @dataclass(frozen=True)

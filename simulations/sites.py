@@ -10,11 +10,12 @@ from pathlib import Path
 from client.config import SiteFolder
 from client.data.prepared import write_prepared
 from client.noise import simulation_key
+from client.people import people_of
 from client.policy import DAYS, FILE_NAME, SCHEMA
 from shared.identity import Identity, fingerprint
 from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
-from shared.privacy import Use, costs_of, count_promise_of, epsilon_of
+from shared.privacy import costs_of, count_promise_of, epsilon_of
 from simulations.hospitals import Hospital
 
 
@@ -53,23 +54,20 @@ def write_sites(
         (folder / "site.toml").write_text(_settings(hospital.name, seed, device), encoding="utf-8")
         (folder / FILE_NAME).write_text(_policy(plan, roster), encoding="utf-8")
         (folder / FILE_NAME).chmod(0o600)
-        approve(SiteFolder(folder), plan, hospital)
+        approve(SiteFolder(folder), plan)
     return roster
 
 
-def approve(folder: SiteFolder, plan: StudyPlan, hospital: Hospital) -> None:
+def approve(folder: SiteFolder, plan: StudyPlan) -> None:
     """The officer's part: the budget and the policy decide as at a real site."""
-    with closing(folder.books(folder.config(), folder.identity())) as books:
-        ids: dict[Use, tuple[str, ...]] = {
-            "training": hospital.train.patient_ids,
-            "evaluation": hospital.test.patient_ids,
-        }
-        books.approve(plan, books.people(plan, ids))
+    config = folder.config()
+    with closing(folder.books(config, folder.identity())) as books:
+        books.approve(plan, people_of(folder, config, books, plan))
 
 
 def _policy(plan: StudyPlan, roster: Mapping[str, bytes]) -> str:
     """A policy that allows this plan and nothing beyond."""
-    epsilon, delta, clip = plan.privacy.promise if costs_of(plan) else (1e-3, 1e-9, 1e-3)
+    epsilon, delta = plan.privacy.budget if costs_of(plan) else (1e-3, 1e-9)
     if counted := count_promise_of(plan):
         epsilon, delta = max(epsilon, counted[0]), max(delta, counted[1])
     own = alone_multipliers(plan)
@@ -83,7 +81,7 @@ def _policy(plan: StudyPlan, roster: Mapping[str, bytes]) -> str:
         "max_delta": delta,
         "composition": "filter",
         "min_noise_multiplier": noise,
-        "max_clip_norm": clip,
+        "max_clip_norm": plan.privacy.clip_norm or 1e-3,
         "modes": [plan.privacy.mode],
         "min_sites": cohort.threshold,
         "min_honest": cohort.threshold - cohort.colluders,

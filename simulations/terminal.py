@@ -188,7 +188,8 @@ def final_table(results: Results) -> str:
     Args:
         results: A record as `server.results` describes it; missing keys are tolerated.
     """
-    blocks = [_head(results), _models(results), _sites(results), _record(results)]
+    shown = _statistics(results) if facts.features(results) else _models(results)
+    blocks = [_head(results), shown, _sites(results), _record(results)]
     blocks.append("\n".join(_wrap(f"! {w}", "  ") for w in facts.warnings(results)))
     return "\n\n".join(b for b in blocks if b) + "\n"
 
@@ -203,10 +204,23 @@ def _head(results: Results) -> str:
     said = (
         f"epsilon {spent_amount(spent)} of {amount(promised)} promised at delta {delta}, for a "
         f"patient of one hospital ({text(results, 'privacy', 'relation')}; "
-        f"{text(results, 'privacy', 'sampling')} sampling; "
+        f"sampling: {text(results, 'privacy', 'sampling')}; "
         f"{text(results, 'privacy', 'accountant')})"
     )
-    return "\n".join([*lines, _wrap(said)])
+    return "\n".join([*lines, _wrap(said), *_tested_at(results)])
+
+
+def _tested_at(results: Results) -> list[str]:
+    """What noisy metrics cost the test patients."""
+    sites = facts.mapping(facts.get(results, "privacy", "sites")).values()
+    spent = [e for s in sites if (e := number(s, "evaluation", "epsilon")) is not None]
+    if not spent:
+        return []
+    promised = number(results, "privacy", "evaluation", "target_epsilon")
+    said = (
+        f"test patients: epsilon {spent_amount(max(spent))} of {amount(promised)} for the metrics"
+    )
+    return [_wrap(said)]
 
 
 _SHOWN = {
@@ -225,7 +239,36 @@ def _models(results: Results) -> str:
     if not columns:
         return "No test metrics were recorded."
     rows = [[m.name, *(amount(number(m.metrics, c), 3) for c in columns)] for m in models]
+    ends = {c: facts.interval(results, c) for c in columns}
+    if any(ends.values()):
+        for name, end in (("  at least (95 %)", 0), ("  at most (95 %)", 1)):
+            cells = (amount(e[end], 3) if (e := ends[c]) else "-" for c in columns)
+            rows.insert(1 + end, [name, *cells])
+        exact = facts.get(results, "final", "exact_metrics")
+        if exact:
+            cells = (amount(number(exact, c), 3) for c in columns)
+            rows.insert(3, ["  exact (simulation only)", *cells])
     return _table(["final model", *(_SHOWN[c] for c in columns)], rows)
+
+
+def _statistics(results: Results) -> str:
+    exact = {text(f, "name"): f for f in facts.features(results, "exact")}
+    rows = []
+    for feature in facts.features(results):
+        name = text(feature, "name")
+        ends = facts.numbers(feature, "mean_interval")
+        rows.append(
+            [
+                name,
+                facts.whole(number(feature, "present")),
+                facts.whole(number(feature, "missing")),
+                facts.significant(number(feature, "mean")),
+                " to ".join(map(facts.significant, ends)) or "-",
+                facts.significant(number(feature, "standard_deviation")),
+                facts.significant(number(exact.get(name), "mean")),
+            ]
+        )
+    return _table(["feature", "patients", "missing", "mean", "95 %", "sd", "exact mean"], rows)
 
 
 def _sites(results: Results) -> str:
@@ -247,6 +290,8 @@ def _sites(results: Results) -> str:
             ]
         )
     heads = ["hospital", "train", "test", "AUROC", "acc.", "epsilon", "rounds"]
+    if facts.features(results):
+        heads, rows = ["hospital", "patients", "epsilon"], _counted_sites(results, sites)
     shown = _table(heads, rows[:MOST_SITES])
     if len(rows) > MOST_SITES:
         shown += f"\n... and {len(rows) - MOST_SITES} more hospitals, in the report"
@@ -256,6 +301,18 @@ def _sites(results: Results) -> str:
         named = facts.listing([b.site for b in better], 4)
         shown += "\n" + _wrap(f"Better alone, without privacy: {_tidy(named)}.")
     return shown if rows else ""
+
+
+def _counted_sites(results: Results, sites: list[str]) -> list[list[str]]:
+    table = facts.mapping(facts.get(results, "privacy", "sites"))
+    return [
+        [
+            site,
+            facts.whole(number(table, site, "patients")),
+            spent_amount(number(table, site, "epsilon")) if facts.is_private(results) else "none",
+        ]
+        for site in sites
+    ]
 
 
 def _record(results: Results) -> str:

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from training_cases import make_plan
 
-from shared.counts import UNITS, Records, count_kind, count_noise, record_weights
+from shared.counts import UNITS, count_kind, count_noise, record_weights
 from shared.distributed import SMOOTHING
 from shared.errors import ConfigError
 from shared.plan import EvaluationPlan, StudyPlan
 from shared.privacy import costs_of, count_releases_of, epsilon_of
 from shared.secagg.ring import Ring
+from shared.statistics import Records
 
 NOISED = {"release": "noised", "epsilon": 2.0, "bins": 16}
 

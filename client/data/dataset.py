@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -63,3 +64,20 @@ class PatientDataset:
             renumbered[self.patients[rows]],
             tuple(self.patient_ids[p] for p in patients.tolist()),
         )
+
+
+def joined(parts: Sequence[PatientDataset]) -> PatientDataset:
+    """Several parts of one site's data as one; a patient who is in two of them stays one."""
+    if len(parts) == 1:
+        return parts[0]
+    known: dict[str, int] = {}
+    for part in parts:
+        for name in part.patient_ids:
+            known.setdefault(name, len(known))
+    owners = [np.array([known[n] for n in p.patient_ids])[p.patients] for p in parts]
+    return PatientDataset(
+        np.concatenate([p.inputs for p in parts]),
+        np.concatenate([p.labels for p in parts]),
+        np.concatenate(owners),
+        tuple(known),
+    )

@@ -30,6 +30,7 @@ BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
     "cnn3d": image.cnn3d,
     "pooled-linear": image.pooled_linear,
     "resnet18": image.resnet18,
+    "none": lambda plan: nn.Identity(),
 }
 
 
@@ -141,13 +142,14 @@ def starting_point(module: nn.Module, seed: int) -> FlatVector:
                     f"{name}.{leaf} is a parameter of a {type(layer).__name__}, which has no "
                     "starting value; build the model from Linear, Conv, GroupNorm, LayerNorm."
                 )
-    return np.concatenate(parts)
+    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
 
 
 def read_parameters(module: nn.Module) -> FlatVector:
     """Copy a module's parameters into one flat vector, float32 (length,)."""
     with torch.no_grad():
-        flat = torch.cat([p.detach().reshape(-1) for p in module.parameters()])
+        parts = [p.detach().reshape(-1) for p in module.parameters()]
+        flat = torch.cat(parts) if parts else torch.zeros(0)
     values: FlatVector = flat.cpu().numpy()
     return values
 
