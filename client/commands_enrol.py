@@ -12,7 +12,7 @@ from client import enrolment
 from client.config import SiteFolder
 from shared.command import Commands, heard
 from shared.errors import ConfigError, ProtocolError
-from shared.files import read_bytes
+from shared.files import read_bytes, replace_file
 from shared.identity import fingerprint
 from shared.kit import ROSTER, Member, day
 from shared.service import Service, write_files
@@ -32,6 +32,7 @@ def add_commands(commands: Commands) -> None:
     enrol.add_argument(
         "--fingerprint", metavar="F", help="the coordinator's, whole, as it was read"
     )
+    enrol.add_argument("--out", type=Path, metavar="FILE", help="default: SITE.request.json")
     enrol.set_defaults(command=_enrol, recorded="enrol")
 
     join = commands.add_parser(
@@ -70,6 +71,7 @@ def add_commands(commands: Commands) -> None:
     renew.add_argument(
         "--new-node-key", action="store_true", help="with a new key for Flower's authentication"
     )
+    renew.add_argument("--out", type=Path, metavar="FILE", help="default: SITE.renewal.json")
     renew.set_defaults(command=_renew, recorded="renew")
 
 
@@ -96,10 +98,11 @@ def _enrol(arguments: argparse.Namespace) -> int:
         f"Server       {invitation.server}\nCoordinator  {shown}\n"
     )
     heard(shown, "the coordinator", arguments.fingerprint)
-    enrolment.enrol(folder, data, now)
+    out = arguments.out or Path(f"{invitation.site}.request.json")
+    replace_file(out, enrolment.enrol(folder, data, now), mode=0o644)
     print(
         f"Keys made in {folder.path}; they stay there.\n\n"
-        f"Send {folder.request_file} to the coordinator, and read this by telephone:\n\n"
+        f"Send {out} to the coordinator, and read this by telephone:\n\n"
         f"  {folder.identity().fingerprint}\n\n"
         f"Meanwhile: say in {folder.settings_file} where the data are, and in "
         f"{folder.path / 'policy.toml'} what is allowed.\nNext: fedward-site join KIT"
@@ -222,9 +225,11 @@ def _show(arguments: argparse.Namespace) -> int:
 
 def _renew(arguments: argparse.Namespace) -> int:
     folder = SiteFolder(arguments.site)
-    enrolment.renew(folder, time.time(), new_node_key=arguments.new_node_key)
+    data = enrolment.renew(folder, time.time(), new_node_key=arguments.new_node_key)
+    out = arguments.out or Path(f"{folder.config().name}.renewal.json")
+    replace_file(out, data, mode=0o644)
     print(
-        f"Send {folder.path / 'renewal.json'} to the coordinator. It is signed by this site's "
+        f"Send {out} to the coordinator. It is signed by this site's "
         "identity, so nothing has to be read by telephone.\nNext: fedward-site join KIT"
     )
     return 0

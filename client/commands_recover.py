@@ -11,7 +11,7 @@ from client.config import SiteFolder
 from client.ledger_export import own_receipt
 from shared import plan as plans
 from shared.command import Commands, heard
-from shared.files import read_bytes
+from shared.files import read_bytes, replace_file
 from shared.identity import fingerprint
 
 
@@ -32,6 +32,7 @@ def add_commands(commands: Commands) -> None:
     )
     identity.add_argument("invitation", type=Path, help="the new one")
     identity.add_argument("--fingerprint", metavar="F", help="the coordinator's, as it was read")
+    identity.add_argument("--out", type=Path, metavar="FILE", help="default: SITE.request.json")
     identity.set_defaults(command=_new_identity, recorded="recover new-identity")
     snapshot = actions.add_parser(
         "snapshot",
@@ -66,9 +67,11 @@ def _new_identity(arguments: argparse.Namespace) -> int:
     print(f"Coordinator  {shown}\n")
     heard(shown, "the coordinator", arguments.fingerprint)
     aside = recovery.new_identity(folder, data, now)
+    out = arguments.out or Path(f"{folder.config().name}.request.json")
+    replace_file(out, read_bytes(folder.request_file, "request"), mode=0o644)
     print(
         f"The old identity and its runs are in {aside}; the ledger goes on under the new one.\n\n"
-        f"Send {folder.request_file} to the coordinator, and read this by telephone, to the other "
+        f"Send {out} to the coordinator, and read this by telephone, to the other "
         f"hospitals as well:\n\n  {folder.identity().fingerprint}\n\n"
         "Put it into the roster of every hospital's policy.toml.\nNext: fedward-site join KIT"
     )

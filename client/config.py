@@ -201,7 +201,7 @@ class SiteFolder:
         require(
             self.kit_file.exists(),
             f"{self.kit_file} does not exist: the coordinator has not admitted this site yet. "
-            "Send request.json, and then: fedward-site join KIT.",
+            "Send SITE.request.json, and then: fedward-site join KIT.",
         )
         data, signer = read_bytes(self.kit_file, "kit"), self.coordinator().public
         return unseal(data, Kit, KIT, signer=signer, where=str(self.kit_file)).record

@@ -63,6 +63,12 @@ def receipt(run: str, plan: StudyPlan, steps: int) -> Receipt:
 # A restored snapshot.
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that commands write beside them stay with the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def restored(tmp_path: Path) -> Path:
     """A site that trained 2 rounds, was copied, trained 8 more, and was restored from the copy."""

@@ -28,6 +28,12 @@ from shared.signed import seal, unseal
 Edit = Callable[[bytes], bytes]
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files that commands write beside them stay with the test."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def play(tmp_path: Path) -> Play:
     made = Play(tmp_path)
