@@ -16,13 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from deployment import ROOT, Process, command, free_port, wait_for
 
 from client.cli import main as site_main
 from client.config import SiteFolder
 from server.cli import main as server_main
 from server.project import Project
 from shared.supervise import read_health
+from simulations.deployment import ROOT, Process, command, free_port, wait_for
 
 GUIDE = ROOT / "DEPLOY.md"
 NAMES = ("north", "south", "west")
