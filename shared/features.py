@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shared.errors import ConfigError
 from shared.plan import FeaturePlan, ImagePlan, TaskPlan
+from shared.scattering import scattering, scattering_width
 
 Columns = Mapping[str, NDArray[np.float64] | NDArray[np.int64]]
 """One array per feature: float64 with NaN where missing for a number; int64 index into the
@@ -45,8 +46,10 @@ def feature_width(task: TaskPlan) -> int:
     """How many input columns the task's features become.
 
     Raises:
-        ConfigError: the task's input is an image.
+        ConfigError: the task's input is an image's pixels.
     """
+    if task.image is not None and task.image.features == "scattering":
+        return scattering_width(task.image.channels, task.image.cells)
     return len(column_names(task))
 
 
@@ -114,6 +117,18 @@ def fit_zscore(inputs: NDArray[np.float32]) -> ZScore:
     exact = inputs.astype(np.float64)
     ddof = 1 if len(exact) > 1 else 0
     return ZScore(exact.mean(axis=0), exact.std(axis=0, ddof=ddof))
+
+
+def image_inputs(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.float32]:
+    """The model's inputs of images: scaled pixels, or the fixed features made of them.
+
+    Args and errors as for `scale_pixels`.
+
+    Returns:
+        float32, shape (records, channels, height, width) or (records, feature_width(task)).
+    """
+    scaled = scale_pixels(image, pixels)
+    return scaled if image.features == "pixels" else scattering(scaled, image.cells)
 
 
 def scale_pixels(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.float32]:

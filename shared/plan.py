@@ -21,6 +21,9 @@ from shared.errors import ConfigError
 from shared.version import specifier
 
 SCHEMA = "fedward-plan/1"
+SCATTERING_STEP = 4
+"""The coarsest wavelets of features "scattering" are kept at every fourth pixel."""
+
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -69,6 +72,9 @@ class ImagePlan:
 
     `depth` 0 is a flat image; 1 or more is a volume of that many slices. `black` and `white` are
     public: 0 and 255 for ordinary images, a window in Hounsfield units for CT.
+
+    `features` "scattering" turns a flat image into fixed features that nobody's data shaped
+    (shared/scattering.py), averaged over cells x cells parts of it; a table's models train on them.
     """
 
     channels: int
@@ -77,6 +83,8 @@ class ImagePlan:
     depth: int = 0
     black: float = 0.0
     white: float = 255.0
+    features: Literal["pixels", "scattering"] = "pixels"
+    cells: int = 1
 
     def __post_init__(self) -> None:
         require(self.channels in (1, 3), f"channels is {self.channels}; valid: 1 or 3")
@@ -90,6 +98,14 @@ class ImagePlan:
             self.black < self.white,
             f"black {self.black:g} is not below white {self.white:g}; swap them",
         )
+        most = min(self.height, self.width) // SCATTERING_STEP
+        require(1 <= self.cells <= most, f"cells is {self.cells}; valid: 1 to {most}")
+        if self.features == "scattering":
+            require(
+                self.depth == self.height % SCATTERING_STEP == self.width % SCATTERING_STEP == 0,
+                "features 'scattering' needs a flat image, height and width in multiples of "
+                f"{SCATTERING_STEP}",
+            )
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from client.data.split import split_by_patient
 from client.data.table import read_table
 from shared.config import require
 from shared.errors import ConfigError
-from shared.features import encode, fit_zscore, scale_pixels
+from shared.features import encode, fit_zscore, image_inputs
 from shared.plan import StudyPlan
 from simulations import heart
 from simulations.nodules import SITES, draw_nodules
@@ -126,7 +126,7 @@ def _nodules(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, .
         look = replace(SITES[number % len(SITES)], patients=size)
         drawn = draw_nodules(look, simulation.seed, number)
         data = PatientDataset(
-            scale_pixels(plan.task.image, drawn.pixels),
+            image_inputs(plan.task.image, drawn.pixels),
             drawn.labels,
             drawn.patients,
             tuple(f"synthetic-{number}-{patient + 1}" for patient in range(size)),

@@ -27,7 +27,7 @@ from client.data.table import (
 )
 from shared.config import require
 from shared.errors import ConfigError
-from shared.features import scale_pixels
+from shared.features import image_inputs
 from shared.plan import ImagePlan, TaskPlan
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
@@ -94,7 +94,7 @@ def read_image_folder(folder: Path, mapping: ImageMapping, task: TaskPlan) -> Re
         for number, file in enumerate(listing.files, start=1)
     ]
     ids, patients = group_patients(listing.patients)
-    data = PatientDataset(scale_pixels(task.image, np.stack(pixels)), labels, patients, ids)
+    data = PatientDataset(image_inputs(task.image, np.stack(pixels)), labels, patients, ids)
     return Reading(data, ReadingNotes(len(labels)))
 
 

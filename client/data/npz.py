@@ -18,7 +18,7 @@ from client.data.dataset import PatientDataset
 from client.data.table import Reading, ReadingNotes, refuse_unusable_labels
 from shared.config import require
 from shared.errors import ConfigError
-from shared.features import scale_pixels
+from shared.features import image_inputs
 from shared.plan import TaskPlan
 
 Part = Literal["train", "val", "test"]
@@ -55,7 +55,7 @@ def read_npz(path: Path, task: TaskPlan, part: Part = "train") -> Reading:
     binary = (labels.astype(str) == task.positive).astype(np.int64)
     refuse_unusable_labels(path, f"{part}_labels", binary, allow_one_class=False)
     try:
-        inputs = scale_pixels(task.image, images)
+        inputs = image_inputs(task.image, images)
     except ConfigError as error:
         raise ConfigError(f"{path}: array '{part}_images': {error}.") from None
     ids = tuple(f"{part}-{row + 1}" for row in range(len(labels)))

@@ -182,6 +182,10 @@ def _image(plan: StudyPlan, *, volume: bool = False) -> ImagePlan:
     if image is None:
         raise ConfigError(f"model {name!r} needs an image, and the task has a table; use mlp")
     require(
+        image.features == "pixels",
+        f"model {name!r} reads pixels; leave image.features out, or use logistic or mlp",
+    )
+    require(
         bool(image.depth) == volume,
         f"model {name!r} is for {'volumes' if volume else 'flat images'}, and the task's image "
         f"has depth {image.depth}; use {'cnn' if volume else 'cnn3d'}",

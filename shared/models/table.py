@@ -59,7 +59,9 @@ def mlp(plan: StudyPlan) -> nn.Module:
 
 
 def _require_table(plan: StudyPlan) -> None:
+    image = plan.task.image
     require(
-        bool(plan.task.features),
-        f"model {plan.model.name!r} needs a table, and the task has an image; use cnn or resnet18",
+        image is None or image.features != "pixels",
+        f"model {plan.model.name!r} needs a table, and the task has an image; use cnn or resnet18, "
+        "or image.features = 'scattering'",
     )
