@@ -127,7 +127,11 @@ def image_inputs(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.fl
     Returns:
         float32, shape (records, channels, height, width) or (records, feature_width(task)).
     """
-    scaled = scale_pixels(image, pixels)
+    return features_of_scaled(image, scale_pixels(image, pixels))
+
+
+def features_of_scaled(image: ImagePlan, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The second half of `image_inputs`, for readers that scale images themselves."""
     return scaled if image.features == "pixels" else scattering(scaled, image.cells)
 
 

@@ -29,6 +29,7 @@ from client.data.table import (
 )
 from shared.config import require
 from shared.errors import ConfigError
+from shared.features import features_of_scaled
 from shared.plan import ImagePlan, TaskPlan
 
 Key = Literal["patient", "study", "series", "file"]
@@ -130,7 +131,8 @@ def to_dataset(folder: Path, found: Found, mapping: ScanMapping, task: TaskPlan)
     refuse_unusable_labels(folder, mapping.label, labels, mapping.allow_one_class)
     scans = [found.scans[i] for i in known]
     ids, patients = group_patients([scan.patient for scan in scans])
-    data = PatientDataset(np.stack([scan.values for scan in scans]), labels, patients, ids)
+    inputs = features_of_scaled(image_of(folder, task), np.stack([scan.values for scan in scans]))
+    data = PatientDataset(inputs, labels, patients, ids)
     notes = ReadingNotes(
         len(texts), missing, rejected=tuple(found.rejected), warnings=tuple(found.warnings)
     )
