@@ -13,14 +13,15 @@ algorithm 1.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from client.layers import Batch, LayerRule, rule_of, squares_of
+from client.layers import Batch, Flow, LayerRule, Sums, rule_of, squares_of
 from client.recurrent import RecurrentRules
 from shared.errors import SensitivityError
 
@@ -41,6 +42,7 @@ class _Use:
     inputs: Tensor
     version: int
     edge: torch.autograd.graph.GradientEdge | None
+    saved: tuple[Tensor, ...]
     grads: Tensor | None = None
 
 
@@ -51,7 +53,7 @@ class _Kept:
     squares: Tensor
     doubt: Tensor | None = None
     stored: Sequence[Tensor] = ()
-    pair: tuple[Tensor, Tensor] | None = None
+    flow: Flow | None = None
 
 
 class BookKeeping:
@@ -103,7 +105,7 @@ class BookKeeping:
         owners: Tensor,
         patients: int,
         clip_norm: float,
-        sums: Mapping[nn.Parameter, Tensor],
+        sums: Sums,
     ) -> Tensor:
         """Add a physical batch's clipped per-patient gradients to `sums`.
 
@@ -125,19 +127,17 @@ class BookKeeping:
         self._backward(loss)
         with torch.no_grad():
             squares = self._squares()
-            finite = torch.isfinite(squares)
             norms = squares.sqrt()
-            factors = (clip_norm / (norms + 1e-6)).clamp(max=1.0)
-            if not bool(finite.all()):
+            factors = (clip_norm / (norms + 1e-6)).clamp_(max=1.0)
+            if not math.isfinite(float(squares.sum())):
                 # Zero times infinity is not zero: their rows must go, not only their weight.
+                finite = torch.isfinite(squares)
                 norms = torch.where(finite, norms, torch.inf)
                 factors = torch.where(finite, factors, 0.0)
                 self._drop_patients(finite)
+            weights = factors if self._batch.most == 1 else factors[owners]
             for rule, kept in self._kept.items():
-                for p, part in zip(
-                    rule.parameters, self._weighted(rule, kept, factors), strict=True
-                ):
-                    sums[p].add_(part)
+                self._add(rule, kept, factors, weights, sums)
         self.forget()
         return norms
 
@@ -191,7 +191,7 @@ class BookKeeping:
             return
         # The edge stays that of this output, even if something changes it in place later.
         edge = None if inputs.requires_grad else torch.autograd.graph.get_gradient_edge(output)
-        use = _Use(inputs.detach(), inputs._version, edge)
+        use = _Use(inputs.detach(), inputs._version, edge, rule.saved(output))
         self._uses.setdefault(rule, []).append(use)
         hook = functools.partial(self._arrived, rule, use)
         output.register_hook(hook)  # type: ignore[no-untyped-call]
@@ -226,21 +226,22 @@ class BookKeeping:
     # --- norms and sums ---------------------------------------------------------------------
 
     def _keep(self, rule: LayerRule, uses: list[_Use]) -> None:
-        pairs = [(_full(u.inputs), _full(u.grads)) for u in uses if u.grads is not None]
-        if len(pairs) > 1 and (joined := rule.joined(pairs)) is not None:
-            pairs = [joined]
-        inputs, grads = pairs[0]
-        if len(pairs) == 1 and rule.takes_ghost(inputs, grads, self._batch):
-            squares, doubt = rule.ghost_squares(inputs, grads, self._batch)
-            self._kept[rule] = _Kept(squares, doubt, pair=(inputs, grads))
+        flows = [
+            Flow(_full(u.inputs), _full(u.grads), u.saved) for u in uses if u.grads is not None
+        ]
+        if len(flows) > 1 and (joined := rule.joined(flows)) is not None:
+            flows = [joined]
+        if len(flows) == 1 and rule.takes_ghost(flows[0], self._batch):
+            squares, doubt = rule.ghost_squares(flows[0], self._batch)
+            self._kept[rule] = _Kept(squares, doubt, flow=flows[0])
         else:
-            stored = rule.stored(inputs, grads, self._batch)
-            for more in pairs[1:]:
-                others = rule.stored(*more, self._batch)
+            stored = rule.stored(flows[0], self._batch)
+            for more in flows[1:]:
+                others = rule.stored(more, self._batch)
                 stored = [total + part for total, part in zip(stored, others, strict=True)]
             self._kept[rule] = _Kept(squares_of(stored), stored=stored)
         for use in uses:  # the graph holds on to them; what is not needed goes at once
-            use.inputs, use.grads = use.inputs[:0], None
+            use.inputs, use.grads, use.saved = use.inputs[:0], None, ()
 
     def _squares(self) -> Tensor:
         """Each patient's squared norm; where rounding could show, from the gradients themselves."""
@@ -253,24 +254,31 @@ class BookKeeping:
             rows = self._batch.owners == patient
             alone = Batch(self._batch.owners[rows] - patient, 1)
             for rule, kept in self._kept.items():
-                if kept.pair is not None and kept.doubt is not None:
-                    inputs, grads = kept.pair
-                    found = squares_of(rule.stored(inputs[rows], grads[rows], alone))
+                if kept.flow is not None and kept.doubt is not None:
+                    flow = Flow(kept.flow.inputs[rows], kept.flow.grads[rows])
+                    found = squares_of(rule.stored(flow, alone))
                     total[patient] += found[0] - kept.squares[patient]
         return total
 
-    def _weighted(self, rule: LayerRule, kept: _Kept, factors: Tensor) -> list[Tensor]:
-        if kept.pair is not None:
-            return rule.weighted(*kept.pair, factors[self._batch.owners])
-        return [(factors @ g.reshape(len(g), -1)).view(g.shape[1:]) for g in kept.stored]
+    def _add(
+        self, rule: LayerRule, kept: _Kept, factors: Tensor, weights: Tensor, sums: Sums
+    ) -> None:
+        """Add one layer's part, by a factor a patient, or as a weight a record."""
+        if kept.flow is not None:
+            rule.add_weighted(kept.flow, weights, sums)
+        for p, gradients in zip(rule.parameters, kept.stored, strict=False):
+            flat = gradients.reshape(len(gradients), -1)
+            if sums[p].is_contiguous():
+                sums[p].view(-1).addmv_(flat.t(), factors)
+            else:
+                sums[p].add_((factors @ flat).view(p.shape))
 
     def _drop_patients(self, finite: Tensor) -> None:
         rows = finite[self._batch.owners]
         for kept in self._kept.values():
             kept.stored = [_only(finite, g) for g in kept.stored]
-            if kept.pair is not None:
-                inputs, grads = kept.pair
-                kept.pair = (_only(rows, inputs), _only(rows, grads))
+            if kept.flow is not None:
+                kept.flow = Flow(_only(rows, kept.flow.inputs), _only(rows, kept.flow.grads))
 
     # --- the check at the start -------------------------------------------------------------
 

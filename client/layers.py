@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -26,6 +26,8 @@ from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
 NORM_PIECE = 1 << 16  # float32 norms of more values at once come out too small
 LOOP_WORK = 1 << 23  # multiplications a record, from which one convolution a record is faster
+FEW_POSITIONS = 64  # fewer outputs of a convolution than this go through one matrix product
+STORED_VALUES = 1 << 22  # per-patient gradients of a layer, in all, that are held in any case
 ROUNDING = 4 * torch.finfo(torch.float32).eps
 
 
@@ -80,45 +82,65 @@ class Batch:
         return joined.view(self.patients, self.most * rows.shape[1], *rows.shape[2:])
 
 
-class LayerRule(ABC):
-    """One layer's parameters, which are used together.
+@dataclass(eq=False)
+class Flow:
+    """What went through a layer in one pass, records first.
 
-    `inputs` and `grads` below are what went into the layer and the loss's gradient by what came
-    out, records first.
+    Attributes:
+        inputs: What went in.
+        grads: The loss's gradient by what came out.
+        saved: What the layer's rule kept of the forward pass, see `LayerRule.saved`.
     """
+
+    inputs: Tensor
+    grads: Tensor
+    saved: tuple[Tensor, ...] = ()
+
+
+Sums = Mapping[nn.Parameter, Tensor]
+"""Of every parameter, the step's sum of gradients so far."""
+
+
+class LayerRule(ABC):
+    """One layer's parameters, which are used together."""
 
     def __init__(self, *parameters: nn.Parameter | None) -> None:
         self.parameters = tuple(p for p in parameters if p is not None)
 
     @abstractmethod
-    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+    def stored(self, flow: Flow, batch: Batch) -> list[Tensor]:
         """Each patient's gradient of every parameter, shape (patients, *parameter.shape)."""
 
-    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+    def takes_ghost(self, flow: Flow, batch: Batch) -> bool:
         """Whether norms without the gradients cost less."""
-        del inputs, grads, batch
+        del flow, batch
         return False
 
-    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def ghost_squares(self, flow: Flow, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """Squared norms without the gradients, and how far rounding may have moved them.
 
         Returns:
-            Two tensors of shape (patients,).
+            Two tensors of shape (patients,); None where no more than rounding is possible.
         """
         raise NotImplementedError
 
-    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
-        """The sum over records of weight times gradient, for every parameter.
+    def add_weighted(self, flow: Flow, weights: Tensor, sums: Sums) -> None:
+        """Add the sum over records of weight times gradient, for every parameter.
 
         Args:
             weights: One a record, shape (records,).
         """
         raise NotImplementedError
 
-    def joined(self, uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    def joined(self, flows: Sequence[Flow]) -> Flow | None:
         """Several uses in one forward pass as one, or None where their gradients are added."""
-        del uses
+        del flows
         return None
+
+    def saved(self, output: Tensor) -> tuple[Tensor, ...]:
+        """What the forward pass already computed and `stored` wants."""
+        del output
+        return ()
 
 
 class LinearRule(LayerRule):
@@ -130,31 +152,35 @@ class LinearRule(LayerRule):
         self._width_out, self._width_in = weight.shape
         self._bias = bias is not None
 
-    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+    def stored(self, flow: Flow, batch: Batch) -> list[Tensor]:
         """See `LayerRule`."""
-        a, g = batch.sequences(_rows(inputs)), batch.sequences(_rows(grads))
+        a, g = batch.sequences(_rows(flow.inputs)), batch.sequences(_rows(flow.grads))
         found = [torch.bmm(g.transpose(1, 2), a)]
         return [*found, g.sum(1)] if self._bias else found
 
-    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+    def takes_ghost(self, flow: Flow, batch: Batch) -> bool:
         """See `LayerRule`; a single position is a product of two norms."""
-        positions = batch.most * math.prod(inputs.shape[1:-1])
-        return positions == 1 or 2 * positions**2 <= self._width_in * self._width_out
+        positions = batch.most * math.prod(flow.inputs.shape[1:-1])
+        return positions == 1 or _pays(positions, self.weight.numel(), batch)
 
-    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def ghost_squares(self, flow: Flow, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """See `LayerRule`."""
-        a, g = batch.sequences(_rows(inputs)), batch.sequences(_rows(grads))
+        a, g = batch.sequences(_rows(flow.inputs)), batch.sequences(_rows(flow.grads))
         return _gram_squares(a, g, bias=self._bias)
 
-    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
+    def add_weighted(self, flow: Flow, weights: Tensor, sums: Sums) -> None:
         """See `LayerRule`."""
-        g = (grads * _beside(weights, grads)).reshape(-1, self._width_out)
-        found = [g.t() @ inputs.reshape(-1, self._width_in)]
-        return [*found, g.sum(0)] if self._bias else found
+        g = (flow.grads * _beside(weights, flow.grads)).reshape(-1, self._width_out)
+        sums[self.weight].addmm_(g.t(), flow.inputs.reshape(-1, self._width_in))
+        if self.bias is not None:
+            sums[self.bias].add_(g.sum(0))
 
-    def joined(self, uses: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor] | None:
+    def joined(self, flows: Sequence[Flow]) -> Flow | None:
         """Uses are further positions, as in a recurrent network."""
-        return torch.cat([_rows(a) for a, _ in uses], 1), torch.cat([_rows(g) for _, g in uses], 1)
+        return Flow(
+            torch.cat([_rows(f.inputs) for f in flows], 1),
+            torch.cat([_rows(f.grads) for f in flows], 1),
+        )
 
 
 class ConvRule(LayerRule):
@@ -167,40 +193,46 @@ class ConvRule(LayerRule):
         kinds = (conv1d_weight, conv2d_weight, conv3d_weight)
         self._gradient: Callable[..., Tensor] = kinds[layer.weight.dim() - 3]
 
-    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
-        """See `LayerRule`."""
-        padded = self._padded(inputs)
+    def stored(self, flow: Flow, batch: Batch) -> list[Tensor]:
+        """See `LayerRule`; by whichever of three ways is fastest on a CPU."""
+        layer, grads, records = self._layer, flow.grads, len(flow.inputs)
         positions = math.prod(grads.shape[2:])
-        if positions * self._layer.weight.numel() > LOOP_WORK:
-            pairs = zip(torch.split(padded, 1), torch.split(grads, 1), strict=True)
+        if positions * layer.weight.numel() > LOOP_WORK:
+            pairs = zip(_singly(self._padded(flow.inputs)), _singly(grads), strict=True)
             weight = torch.stack([self._weight_gradient(a, g, 1) for a, g in pairs])
+        elif positions < FEW_POSITIONS and layer.groups == 1:
+            columns = self._columns(flow.inputs)
+            weight = torch.bmm(grads.flatten(2), columns).view(records, *layer.weight.shape)
         else:
             # All records as the groups of one convolution.
-            records = len(inputs)
+            padded = self._padded(flow.inputs)
             weight = self._weight_gradient(
                 padded.reshape(1, -1, *padded.shape[2:]),
                 grads.reshape(1, -1, *grads.shape[2:]),
                 records,
-            ).view(records, *self._layer.weight.shape)
+            ).view(records, *layer.weight.shape)
         found = [batch.by_patient(weight)]
-        return [*found, batch.by_patient(grads.flatten(2).sum(2))] if self._bias else found
+        return [*found, batch.by_patient(_over_positions(grads))] if self._bias else found
 
-    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+    def takes_ghost(self, flow: Flow, batch: Batch) -> bool:
         """See `LayerRule`."""
-        positions = batch.most * math.prod(grads.shape[2:])
-        return self._layer.groups == 1 and 2 * positions**2 <= self._layer.weight.numel()
+        positions = batch.most * math.prod(flow.grads.shape[2:])
+        return self._layer.groups == 1 and _pays(positions, self._layer.weight.numel(), batch)
 
-    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def ghost_squares(self, flow: Flow, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """See `LayerRule`."""
-        a = batch.sequences(self._columns(inputs))
-        g = batch.sequences(grads.flatten(2).transpose(1, 2))
+        a = batch.sequences(self._columns(flow.inputs))
+        g = batch.sequences(flow.grads.flatten(2).transpose(1, 2))
         return _gram_squares(a, g, bias=self._bias)
 
-    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
+    def add_weighted(self, flow: Flow, weights: Tensor, sums: Sums) -> None:
         """See `LayerRule`."""
-        g = grads * _beside(weights, grads)
-        found = [self._weight_gradient(self._padded(inputs), g, 1)]
-        return [*found, g.flatten(2).sum((0, 2))] if self._bias else found
+        g = flow.grads * _beside(weights, flow.grads)
+        found = [self._weight_gradient(self._padded(flow.inputs), g, 1)]
+        if self._bias:
+            found.append(_over_positions(g).sum(0))
+        for p, part in zip(self.parameters, found, strict=True):
+            sums[p].add_(part)
 
     def _weight_gradient(self, padded: Tensor, grads: Tensor, times: int) -> Tensor:
         layer = self._layer
@@ -240,18 +272,27 @@ class GroupNormRule(LayerRule):
         super().__init__(layer.weight, layer.bias)
         self._layer = layer
 
-    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
-        """See `LayerRule`."""
-        layer = self._layer
-        records, channels = inputs.shape[:2]
-        variance, mean = torch.var_mean(
-            inputs.reshape(records, layer.num_groups, -1), dim=2, correction=0, keepdim=True
-        )
-        grouped = (records, layer.num_groups, channels // layer.num_groups, -1)
-        centred = inputs.reshape(grouped) - mean[..., None]
-        scale = (centred * grads.reshape(grouped)).sum(3) * torch.rsqrt(variance + layer.eps)
-        shift = grads.reshape(records, channels, -1).sum(2)
-        return [batch.by_patient(scale.view(records, channels)), batch.by_patient(shift)]
+    def stored(self, flow: Flow, batch: Batch) -> list[Tensor]:
+        """See `LayerRule`; the sums that torch's own backward pass takes."""
+        mean, scale = flow.saved or self._statistics(flow.inputs)
+        records, channels = flow.inputs.shape[:2]
+        by_group = (records, self._layer.num_groups, -1)
+        shift = _over_positions(flow.grads)
+        products = _over_positions(flow.inputs * flow.grads).view(by_group)
+        centred = products - mean[..., None] * shift.view(by_group)
+        weight = (centred * scale[..., None]).view(records, channels)
+        return [batch.by_patient(weight), batch.by_patient(shift)]
+
+    def saved(self, output: Tensor) -> tuple[Tensor, ...]:
+        """See `LayerRule`: mean and 1 / deviation of each record's groups."""
+        node = output.grad_fn
+        mean, scale = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
+        return () if mean is None or scale is None else (mean, scale)
+
+    def _statistics(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        grouped = inputs.reshape(len(inputs), self._layer.num_groups, -1)
+        variance, mean = torch.var_mean(grouped, dim=2, correction=0)
+        return mean, torch.rsqrt(variance + self._layer.eps)
 
 
 class LayerNormRule(LayerRule):
@@ -261,9 +302,9 @@ class LayerNormRule(LayerRule):
         super().__init__(layer.weight, layer.bias)
         self._layer = layer
 
-    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+    def stored(self, flow: Flow, batch: Batch) -> list[Tensor]:
         """See `LayerRule`."""
-        layer = self._layer
+        layer, inputs, grads = self._layer, flow.inputs, flow.grads
         shape = tuple(layer.normalized_shape)
         normal = functional.layer_norm(inputs, shape, eps=layer.eps)
         split = (len(inputs), -1, *shape)
@@ -280,35 +321,35 @@ class EmbeddingRule(LayerRule):
         super().__init__(*layer.parameters(recurse=False))
         self._layer = layer
 
-    def stored(self, inputs: Tensor, grads: Tensor, batch: Batch) -> list[Tensor]:
+    def stored(self, flow: Flow, batch: Batch) -> list[Tensor]:
         """See `LayerRule`."""
-        table = grads.new_zeros((batch.patients, *self._layer.weight.shape))
-        words, g = _rows(inputs[..., None])[..., 0], _rows(self._unpadded(inputs, grads))
+        table = flow.grads.new_zeros((batch.patients, *self._layer.weight.shape))
+        words, g = _rows(flow.inputs[..., None])[..., 0], _rows(self._unpadded(flow))
         patients = batch.owners[:, None].expand_as(words)
         return [table.index_put_((patients, words), g, accumulate=True)]
 
-    def takes_ghost(self, inputs: Tensor, grads: Tensor, batch: Batch) -> bool:
+    def takes_ghost(self, flow: Flow, batch: Batch) -> bool:
         """See `LayerRule`."""
-        positions = batch.most * math.prod(inputs.shape[1:])
+        positions = batch.most * math.prod(flow.inputs.shape[1:])
         return 2 * positions**2 <= self._layer.weight.numel()
 
-    def ghost_squares(self, inputs: Tensor, grads: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    def ghost_squares(self, flow: Flow, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """See `LayerRule`: two positions overlap where they looked up the same vector."""
-        words = batch.sequences(_rows(inputs[..., None]))
-        g = batch.sequences(_rows(self._unpadded(inputs, grads)))
+        words = batch.sequences(_rows(flow.inputs[..., None]))
+        g = batch.sequences(_rows(self._unpadded(flow)))
         same = (words == words.transpose(1, 2)).to(g.dtype)
         return _overlap(same, torch.bmm(g, g.transpose(1, 2)))
 
-    def weighted(self, inputs: Tensor, grads: Tensor, weights: Tensor) -> list[Tensor]:
+    def add_weighted(self, flow: Flow, weights: Tensor, sums: Sums) -> None:
         """See `LayerRule`."""
-        g = self._unpadded(inputs, grads) * _beside(weights, grads)
-        table = torch.zeros_like(self._layer.weight)
-        return [table.index_add_(0, inputs.reshape(-1), g.reshape(-1, table.shape[1]))]
+        g = self._unpadded(flow) * _beside(weights, flow.grads)
+        (p,) = self.parameters
+        sums[p].index_add_(0, flow.inputs.reshape(-1), g.reshape(-1, p.shape[1]))
 
-    def _unpadded(self, inputs: Tensor, grads: Tensor) -> Tensor:
+    def _unpadded(self, flow: Flow) -> Tensor:
         if self._layer.padding_idx is None:
-            return grads
-        return grads * (inputs != self._layer.padding_idx)[..., None]
+            return flow.grads
+        return flow.grads * (flow.inputs != self._layer.padding_idx)[..., None]
 
 
 _RULES: dict[type[nn.Module], Callable[[Any], LayerRule]] = {
@@ -354,11 +395,30 @@ def _beside(weights: Tensor, x: Tensor) -> Tensor:
     return weights.view(-1, *[1] * (x.dim() - 1))
 
 
-def _gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor]:
+def _singly(x: Tensor) -> tuple[Tensor, ...]:
+    parts: tuple[Tensor, ...] = torch.split(x, 1)
+    return parts
+
+
+def _over_positions(x: Tensor) -> Tensor:
+    """Sum of (records, channels, ...) over all that follows, in whatever memory layout."""
+    return x.sum(tuple(range(2, x.dim()))) if x.dim() > 2 else x
+
+
+def _pays(positions: int, values: int, batch: Batch) -> bool:
+    """Whether Gram matrices cost less than holding `values` numbers for every patient.
+
+    Held gradients save the second pass over the layer, so while they fit a cache they win.
+    """
+    return 2 * positions**2 <= values and batch.patients * values > STORED_VALUES
+
+
+def _gram_squares(a: Tensor, g: Tensor, *, bias: bool) -> tuple[Tensor, Tensor | None]:
     """Squared norms of sum_t g_t a_t', shape (patients,), the bias's included."""
     if a.shape[1] == 1:
-        squares = (a * a).sum((1, 2)) + float(bias)
-        return squares * (g * g).sum((1, 2)), torch.zeros_like(squares)
+        inputs = torch.linalg.vector_norm(a[:, 0], dim=1).square()
+        grads = torch.linalg.vector_norm(g[:, 0], dim=1).square()
+        return (inputs.add_(1.0) if bias else inputs).mul_(grads), None
     inputs = torch.bmm(a, a.transpose(1, 2))
     if bias:
         inputs += 1.0
