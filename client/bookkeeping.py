@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from client.layers import Batch, Flow, LayerRule, Sums, rule_of, squares_of
+from client.layers import Batch, Flow, LayerRule, Sums, flattened, rule_of, squares_of
 from client.recurrent import RecurrentRules
 from shared.errors import SensitivityError
 
@@ -267,11 +267,8 @@ class BookKeeping:
         if kept.flow is not None:
             rule.add_weighted(kept.flow, weights, sums)
         for p, gradients in zip(rule.parameters, kept.stored, strict=False):
-            flat = gradients.reshape(len(gradients), -1)
-            if sums[p].is_contiguous():
-                sums[p].view(-1).addmv_(flat.t(), factors)
-            else:
-                sums[p].add_((factors @ flat).view(p.shape))
+            flat, back = flattened(gradients)
+            sums[p].add_(back(factors @ flat))
 
     def _drop_patients(self, finite: Tensor) -> None:
         rows = finite[self._batch.owners]

@@ -198,16 +198,14 @@ class ConvRule(LayerRule):
         layer, grads, records = self._layer, flow.grads, len(flow.inputs)
         positions = math.prod(grads.shape[2:])
         if positions * layer.weight.numel() > LOOP_WORK:
-            pairs = zip(_singly(self._padded(flow.inputs)), _singly(grads), strict=True)
+            pairs = zip(_singly(flow.inputs), _singly(grads), strict=True)
             weight = torch.stack([self._weight_gradient(a, g, 1) for a, g in pairs])
-        elif positions < FEW_POSITIONS and layer.groups == 1:
-            columns = self._columns(flow.inputs)
-            weight = torch.bmm(grads.flatten(2), columns).view(records, *layer.weight.shape)
+        elif layer.groups == 1 and grads.dim() == 4 and positions < FEW_POSITIONS:
+            weight = self._by_rows_of_pixels(flow)
         else:
             # All records as the groups of one convolution.
-            padded = self._padded(flow.inputs)
             weight = self._weight_gradient(
-                padded.reshape(1, -1, *padded.shape[2:]),
+                flow.inputs.reshape(1, -1, *flow.inputs.shape[2:]),
                 grads.reshape(1, -1, *grads.shape[2:]),
                 records,
             ).view(records, *layer.weight.shape)
@@ -228,19 +226,38 @@ class ConvRule(LayerRule):
     def add_weighted(self, flow: Flow, weights: Tensor, sums: Sums) -> None:
         """See `LayerRule`."""
         g = flow.grads * _beside(weights, flow.grads)
-        found = [self._weight_gradient(self._padded(flow.inputs), g, 1)]
+        found = [self._weight_gradient(flow.inputs, g, 1)]
         if self._bias:
             found.append(_over_positions(g).sum(0))
         for p, part in zip(self.parameters, found, strict=True):
             sums[p].add_(part)
 
-    def _weight_gradient(self, padded: Tensor, grads: Tensor, times: int) -> Tensor:
+    def _by_rows_of_pixels(self, flow: Flow) -> Tensor:
+        """Per-record gradients by one matrix product; a kernel's row is one piece of memory."""
+        records, channels, high, wide = flow.grads.shape
+        (tall, broad), (down, right) = self._layer.kernel_size, self._layer.stride
+        (gap_y, gap_x) = self._layer.dilation
+        pixels = self._padded(flow.inputs).permute(0, 2, 3, 1).contiguous()
+        a_record, a_line, a_pixel, _ = pixels.stride()
+        patches = pixels.as_strided(
+            (records, high, wide, tall, broad, a_pixel),
+            (a_record, down * a_line, right * a_pixel, gap_y * a_line, gap_x * a_pixel, 1),
+        ).reshape(records, high * wide, -1)
+        grads = flow.grads.permute(0, 2, 3, 1).reshape(records, high * wide, channels)
+        weight = torch.bmm(grads.transpose(1, 2), patches)
+        return weight.view(records, channels, tall, broad, a_pixel).permute(0, 1, 4, 2, 3)
+
+    def _weight_gradient(self, inputs: Tensor, grads: Tensor, times: int) -> Tensor:
+        """The weight's gradient, of `times` groups of records side by side."""
         layer = self._layer
-        out, *rest = layer.weight.shape
-        return self._gradient(
-            padded, (times * out, *rest), grads, layer.stride, 0, layer.dilation,
-            times * layer.groups,
-        )  # fmt: skip
+        padding: int | tuple[int, ...] = 0
+        if layer.padding_mode == "zeros" and not isinstance(layer.padding, str):
+            padding = layer.padding
+        else:
+            inputs = self._padded(inputs)
+        shape = (times * layer.weight.shape[0], *layer.weight.shape[1:])
+        groups = times * layer.groups
+        return self._gradient(inputs, shape, grads, layer.stride, padding, layer.dilation, groups)
 
     def _padded(self, inputs: Tensor) -> Tensor:
         layer = self._layer
@@ -258,11 +275,12 @@ class ConvRule(LayerRule):
             gap = layer.dilation[i]
             patches = patches.unfold(2 + i, gap * (layer.kernel_size[i] - 1) + 1, layer.stride[i])
             patches = patches[..., ::gap]
-        # (records, channels, *out, *kernel) -> (records, *out, channels, *kernel)
+        # (records, channels, *out, *kernel) -> (records, channels, *kernel, *out)
         places = list(range(2, 2 + dimensions))
         kernel = list(range(2 + dimensions, 2 + 2 * dimensions))
         values = math.prod(layer.weight.shape[1:])
-        return patches.permute(0, *places, 1, *kernel).reshape(len(inputs), -1, values)
+        columns = patches.permute(0, 1, *kernel, *places).reshape(len(inputs), values, -1)
+        return columns.transpose(1, 2)
 
 
 class GroupNormRule(LayerRule):
@@ -378,9 +396,18 @@ def rule_of(layer: nn.Module) -> LayerRule | None:
 
 def squares_of(gradients: Sequence[Tensor]) -> Tensor:
     """Squared norms of per-patient gradients, added up over parameters, shape (patients,)."""
-    flat = [g.reshape(len(g), -1) for g in gradients]
+    flat = [flattened(g)[0] for g in gradients]
     pieces = [piece for g in flat for piece in torch.split(g, NORM_PIECE, dim=1)]
     return torch.stack([torch.linalg.vector_norm(p, dim=1).square() for p in pieces]).sum(0)
+
+
+def flattened(gradients: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """(patients, ...) as (patients, d) in the order of memory, and the way back for one row."""
+    order = sorted(range(1, gradients.dim()), key=lambda i: -gradients.stride()[i])
+    ordered = gradients.permute(0, *order)
+    back = [order.index(i) for i in range(1, gradients.dim())]
+    shape = ordered.shape[1:]
+    return ordered.reshape(len(gradients), -1), lambda row: row.view(shape).permute(back)
 
 
 def _rows(x: Tensor) -> Tensor:
