@@ -12,6 +12,7 @@ ICLR 2018).
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -26,6 +27,7 @@ from torch.nn import functional
 from client.clipping import PatientClipper
 from client.data.dataset import PatientDataset
 from client.engines import Engine, EngineName, choose_engine
+from client.memory import free_bytes, is_out_of_memory, physical_records
 from client.noise import ChaChaRandom
 from shared.config import require
 from shared.errors import ConfigError, SensitivityError
@@ -37,8 +39,7 @@ BuildModel = Callable[[StudyPlan], nn.Module]
 RecordLosses = Callable[[Tensor, Tensor], Tensor]
 """(logits (records,), labels float (records,)) -> one loss a record, shape (records,)."""
 
-GRADIENT_BYTES = 1 << 30  # per-record gradients of one physical batch, about
-MOST_RECORDS = 512
+_LOG = logging.getLogger("fedward.client")
 
 
 @dataclass(frozen=True)
@@ -82,8 +83,9 @@ class LocalTrainer:
         data: The site's training patients; records past `max_records_per_patient` are unused.
         noise_multiplier: Noise over clip norm, above 0; None exactly where privacy is off.
         device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        max_physical_records: Records whose gradients are held at once; bounds memory and never
-            changes the result. Default: from the size of model and input.
+        max_physical_records: Records that are computed at once; bounds memory and never changes
+            the result but for rounding. Default: from the model and the free memory. It is
+            halved where memory runs out.
         engine: How clipped gradients are summed, see `choose_engine`; the sum is the same.
         build: Model factory; `record_losses`: loss factory. For tests and the guard.
         measuring: Allow noise 0, for the sensitivity guard; such a trainer trains no round.
@@ -131,9 +133,11 @@ class LocalTrainer:
         check_model(self.module)
         self.module.to(self.device)
         self._parameters = list(self.module.parameters())
-        most = self._default_records() if max_physical_records is None else max_physical_records
-        require(most >= 1, f"max_physical_records is {most}; 1 or more")
-        self._max_records = most
+        if max_physical_records is not None:
+            require(
+                max_physical_records >= 1,
+                f"max_physical_records is {max_physical_records}; 1 or more",
+            )
         training = plan.training
         self._sgd = torch.optim.SGD(
             self._parameters,
@@ -151,6 +155,12 @@ class LocalTrainer:
                 divisor=self._divisor,
             )
             self._engine = choose_engine(engine, self.module, self._clipper, shape)
+        self._max_records = max_physical_records or physical_records(
+            self.module,
+            torch.zeros(1, *shape, device=self.device),
+            holds_gradients=self.engine_name == "hooks",
+            free=free_bytes(self.device),
+        )
 
     @property
     def engine_name(self) -> str:
@@ -308,14 +318,39 @@ class LocalTrainer:
     def _sum_patients(self, batch: NDArray[np.int64]) -> int:
         """Add up a batch's gradients, clipped in private modes; return how many records it read."""
         counts = self._record_counts[batch]
+        while not self._sum_fits(batch, counts):
+            # From the start: some layers of the last physical batch may be in the sum already.
+            self._use_less_memory()
+        return int(counts.sum())
+
+    def _sum_fits(self, batch: NDArray[np.int64], counts: NDArray[np.int64]) -> bool:
+        """Start the step's sum and add all patients; False where memory ran out on the way."""
         if self._clipper is not None:
             self._clipper.begin_step()
         else:
             for p in self._parameters:
                 p.grad = torch.zeros_like(p)
-        for part in physical_batches(counts, self._max_records):
-            self._accumulate(batch[part], counts[part])
-        return int(counts.sum())
+        try:
+            for part in physical_batches(counts, self._max_records):
+                self._accumulate(batch[part], counts[part])
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
+
+    def _use_less_memory(self) -> None:
+        if self._max_records == 1:
+            raise ConfigError(
+                "a single patient's records do not fit into memory. Lower the plan's "
+                "max_records_per_patient, use a smaller model, or a machine with more memory."
+            )
+        self._max_records //= 2
+        _LOG.warning("out of memory: physical batches of %d records from here", self._max_records)
+        if self._engine is not None:
+            self._engine.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _accumulate(self, patients: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Add some patients' gradients, clipped in private modes, to the step's sum."""
@@ -360,18 +395,6 @@ class LocalTrainer:
         for p, p0 in zip(self._parameters, origin, strict=True):
             if p.grad is not None:
                 p.grad.add_(p.detach() - p0, alpha=mu)
-
-    def _default_records(self) -> int:
-        """Records of a physical batch: what memory holds and, on a CPU, its cache likes.
-
-        Opacus keeps a record's gradient twice for a moment. On a CPU some 2^18 input values at
-        a time were fastest: 64 images of 64 x 64.
-        """
-        values = int(np.prod(self.data.inputs.shape[1:]))
-        gradient_bytes = 8 * sum(p.numel() for p in self._parameters) if self.private else 0
-        fitting = GRADIENT_BYTES // (gradient_bytes + 256 * values)
-        likes = max(16, (1 << 18) // values) if self.device.type == "cpu" else MOST_RECORDS
-        return max(1, min(MOST_RECORDS, fitting, likes))
 
 
 def choose_device(name: str) -> torch.device:
