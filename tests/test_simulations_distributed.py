@@ -18,8 +18,9 @@ from client.noise import ChaChaRandom
 from client.share import noisy_integers
 from client.training import LocalTrainer
 from server.rounds import RoundReport
-from shared.distributed import noise_share
+from shared.distributed import NoiseShare, noise_share
 from shared.models import initial_parameters
+from shared.plan import OptimizerPlan
 from shared.study import VectorLayout
 from simulations.grid import Delivery, Direction
 from simulations.run import RunOptions, execute, prepare
@@ -87,17 +88,74 @@ def test_with_the_most_dropouts_in_every_round_the_promised_noise_is_still_there
     assert not low < halved / promised < high
 
 
+def lose_rural(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
+    """One of four sites' contributions is lost in every round: the most that the plan tolerates."""
+    lost = site == "rural" and action == "train.round" and direction is Direction.TO_SERVER
+    return Delivery(() if lost else (body,))
+
+
 def test_dropouts_up_to_the_limit_in_every_round_do_not_stop_a_study(
     scenario: Scenario, tmp_path: Path
 ) -> None:
-    def lose(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
-        lost = site == "rural" and action == "train.round" and direction is Direction.TO_SERVER
-        return Delivery(() if lost else (body,))
-
-    results = run(scenario, tmp_path / "run", faults=lose)
+    results = run(scenario, tmp_path / "run", faults=lose_rural)
     asked = [r for r in results["rounds"] if "rural" in r["cohort"]]
     assert asked
     assert all(r["dropped"] == ["rural"] for r in asked)
+    assert results["final"]["metrics"]["auroc"] > 0.9
+
+
+@pytest.mark.parametrize(("shares", "enough"), [(1.0, True), (0.5, False)])
+def test_a_whole_study_with_the_most_dropouts_publishes_the_promised_noise(
+    scenario: Scenario,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    shares: float,
+    enough: bool,
+) -> None:
+    """Real rounds at a model that stands still: what differs between their sums is noise alone."""
+    training = replace(scenario.plan.training, learning_rate=1e-12, sample_rate=1.0, rounds=40)
+    plan = replace(
+        scenario.plan,
+        training=training,
+        evaluation=replace(scenario.plan.evaluation, release="none"),
+    )
+    layout = VectorLayout(plan, len(initial_parameters(plan)))
+    share = noise_share(plan, layout.parameters)
+    published: dict[bytes, np.ndarray] = {}
+
+    def note(self: VectorLayout, total: np.ndarray, contributors: tuple[str, ...]) -> np.ndarray:
+        assert len(contributors) == 3
+        published[total.tobytes()] = self.ring.signed(total[: self.parameters])
+        return update_of(self, total, contributors)
+
+    def send(total: np.ndarray, right: NoiseShare, random: ChaChaRandom) -> np.ndarray:
+        return noisy_integers(total, replace(right, deviation=shares * right.deviation), random)
+
+    update_of = VectorLayout.update_of
+    monkeypatch.setattr(VectorLayout, "update_of", note)
+    monkeypatch.setattr("client.run.noisy_integers", send)
+    run(replace(scenario, plan=plan), tmp_path / "run", faults=lose_rural)
+    sums = np.stack(list(published.values())).astype(float)
+    assert len(sums) == 40
+    freedom = sums.size - sums.shape[1]
+    # Of three shares, two are promised to be honest.
+    variance = np.square(sums - sums.mean(axis=0)).sum() * share.honest / 3
+    promised = (share.noise_multiplier * share.sensitivity) ** 2
+    low, high = variance / promised / stats.chi2.ppf([1 - 5e-7, 5e-7], freedom)
+    assert (high >= 1) == enough
+    assert low < shares**2 < high
+
+
+@pytest.mark.parametrize("optimizer", ["fedadam", "fedavg"])
+def test_a_distributed_step_takes_any_server_optimiser(
+    scenario: Scenario, tmp_path: Path, optimizer: str
+) -> None:
+    """Adam, and SGD with momentum: every site computes the same model, and it learns."""
+    plan = scenario.plan
+    settings = OptimizerPlan(name="fedadam", learning_rate=0.1)
+    if optimizer == "fedavg":
+        settings = OptimizerPlan(momentum=0.9, learning_rate=0.2)
+    results = run(replace(scenario, plan=replace(plan, optimizer=settings)), tmp_path / "run")
     assert results["final"]["metrics"]["auroc"] > 0.9
 
 

@@ -15,6 +15,7 @@ NAMES = (
     "adrenal",
     "breast_cancer",
     "breast_cancer_16",
+    "breast_cancer_32",
     "breastmnist",
     "heart",
     "heart_flamby_fedadam",
@@ -43,8 +44,9 @@ def test_bundled_scenarios_keep_the_common_promises(name: str) -> None:
     plan = scenario.plan
     assert plan.name == name.replace("_", "-")
     assert plan.privacy.mode == ("none" if "flamby" in name else "local")
-    cohort = (16, 13, 1) if name == "breast_cancer_16" else (4, 3, 1)
-    assert (len(plan.cohort.sites), plan.cohort.threshold, plan.cohort.colluders) == cohort
+    many = {"breast_cancer_16": (16, 13, 1), "breast_cancer_32": (32, 26, 1)}
+    cohort = (len(plan.cohort.sites), plan.cohort.threshold, plan.cohort.colluders)
+    assert cohort == many.get(name, (4, 3, 1))
     assert plan.evaluation.release == "exact"
 
 
