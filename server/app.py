@@ -31,6 +31,7 @@ def make_server_app(
     poll_s: float = 0.2,
     directory: Directory | None = None,
     waiting: Callable[[tuple[str, ...]], None] = lambda absent: None,
+    exchanging: Callable[[str], None] = lambda action: None,
     wait_s: float = 300.0,
     checkpoint: Path | None = None,
     durable: bool = True,
@@ -47,6 +48,7 @@ def make_server_app(
         poll_s: Seconds between two looks for answers.
         directory: The connected sites and their nodes; see `GridTransport`.
         waiting: Told the absent sites while the study waits for them.
+        exchanging: Told the action of each exchange with the sites as it begins.
         wait_s: How long it waits for sites before it stops.
         checkpoint: Folder in which the study's progress is kept. Where it holds some already, the
             study goes on from there; nothing is trained or charged twice.
@@ -65,6 +67,7 @@ def make_server_app(
             directory=directory,
             quorum=plan.cohort.threshold,
             waiting=waiting,
+            exchanging=exchanging,
         )
         if checkpoint is None:
             study = Study(plan, run_id, roster, transport, observer, recorder or NoRecord())

@@ -160,6 +160,7 @@ class _Live:
         self._record, self._plan = folder.record(), folder.plan()
         self._started = datetime.datetime.now(datetime.UTC)
         self._clock = time.perf_counter()
+        self._action = ""
         self._done = int(folder.status().get("round", 0))
         self._spool = DurableSpool(folder.path / "spool")
 
@@ -184,6 +185,7 @@ class _Live:
             recorder=self._spool,
             directory=directory,
             waiting=self._waiting,
+            exchanging=self._exchanging,
             wait_s=self._record.wait_s,
             checkpoint=self._folder.checkpoint,
         )
@@ -195,11 +197,18 @@ class _Live:
         except Exception as error:
             self._folder.tell("failed", error=f"{type(error).__name__}: {error}", exit_code=1)
             raise
+        finally:
+            self._spool.close()
 
     def _identity(self) -> Identity | None:
         """The coordinator's, of the project whose folder holds this run."""
         file = self._folder.path.parent.parent / "server" / "identity.pem"
         return Identity.load(file) if file.exists() else None
+
+    def _exchanging(self, action: str) -> None:
+        self._action = action
+        state: State = "set-up" if action in ("rollcall", "join", "setup") else "running"
+        self._folder.tell(state, **self._facts)
 
     def _waiting(self, absent: tuple[str, ...]) -> None:
         if absent:
@@ -209,7 +218,8 @@ class _Live:
 
     @property
     def _facts(self) -> dict[str, Any]:
-        return {"round": self._done, "rounds": self._plan.training.rounds}
+        rounds = self._plan.training.rounds
+        return {"round": self._done, "rounds": rounds, "action": self._action}
 
     def _observe(self, report: RoundReport) -> None:
         if report.trained and not report.reason:

@@ -45,6 +45,7 @@ class GridTransport:
         directory: The sites that are connected now, by name, and their nodes.
         quorum: With a directory: a round begins once this many of its sites are connected.
         waiting: Told the absent sites while it waits for them, and () once it goes on.
+        exchanging: Told the action of each exchange as it begins.
     """
 
     def __init__(
@@ -57,12 +58,14 @@ class GridTransport:
         directory: Callable[[], Mapping[str, int]] | None = None,
         quorum: int = 1,
         waiting: Callable[[tuple[str, ...]], None] = lambda absent: None,
+        exchanging: Callable[[str], None] = lambda action: None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self._grid, self._expected = grid, sites
         self._poll_s, self._connect_timeout_s = poll_s, connect_timeout_s
         self._directory, self._quorum, self._waiting = directory, quorum, waiting
+        self._exchanging = exchanging
         self._clock, self._sleep = clock, sleep
         self._node_of: dict[str, int] = {}
         self.traffic: dict[str, Traffic] = {}
@@ -91,6 +94,7 @@ class GridTransport:
         """
         if self._directory is not None:
             self._find(action, tuple(requests))
+        self._exchanging(action)
         names = {self._node_of[site]: site for site in requests if site in self._node_of}
         nodes = {node: requests[site] for node, site in names.items()}
         replies = self._send(action, nodes, timeout_s)

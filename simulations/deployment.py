@@ -44,14 +44,16 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_for(what: str, check: Callable[[], Any], timeout_s: float = 90.0) -> Any:
+def wait_for(
+    what: str, check: Callable[[], Any], timeout_s: float = 90.0, every_s: float = 0.2
+) -> Any:
     """What `check` returns once it is true."""
     deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         found = check()
         if found:
             return found
-        time.sleep(0.2)
+        time.sleep(every_s)
     raise FedwardError(f"waited {timeout_s:.0f} s for {what}")
 
 
@@ -248,14 +250,21 @@ def _pid(health: dict[str, Any] | None, process: str) -> int:
     return int(health["processes"][process]["pid"])
 
 
-def build(base: Path, scenario: Scenario) -> Deployment:
-    """Enrol every site of a scenario in a new project, with policy, data and approval."""
+def build(base: Path, scenario: Scenario, *, behind: int | None = None) -> Deployment:
+    """Enrol every site of a scenario in a new project, with policy, data and approval.
+
+    Args:
+        base: A new folder.
+        scenario: Hospitals and plan.
+        behind: A port of loopback where the sites think the server is.
+    """
     plan, now = scenario.plan, time.time()
     address = f"127.0.0.1:{free_port()}"
+    advertised = address if behind is None else f"127.0.0.1:{behind}"
     settings = ProjectSettings(
         schema="fedward-project/1",
         name="trial",
-        advertise=address,
+        advertise=advertised,
         bind=address,
         expires="2099-12-31",
         requires_fedward=f"=={fedward_version()}",
@@ -299,9 +308,9 @@ def _raise_cap(policy: Path) -> None:
 
 
 @contextmanager
-def deployed(base: Path, scenario: Scenario) -> Iterator[Deployment]:
+def deployed(base: Path, scenario: Scenario, *, behind: int | None = None) -> Iterator[Deployment]:
     """A deployment whose processes all end with the block."""
-    deployment = build(base, scenario)
+    deployment = build(base, scenario, behind=behind)
     try:
         yield deployment
     except BaseException:

@@ -1,0 +1,120 @@
+"""A study below its threshold waits for sites, says for whom, and stops at a deadline."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from flwr.app import Message, RecordDict
+from flwr.supercore.task_identity import TaskIdentity
+
+from server.transport import GridTransport
+from shared.errors import CohortError
+from shared.flower import content
+
+SITES = ("a", "b", "c", "d")
+NODES = {name: number for number, name in enumerate(SITES, start=10)}
+
+
+class Grid:
+    """Answers every message at once with "ok"."""
+
+    def __init__(self) -> None:
+        TaskIdentity.run_id, TaskIdentity.node_id, TaskIdentity.task_id = 1, 1, 1
+        self.asked: list[int] = []
+        self._waiting: list[tuple[str, Message]] = []
+
+    def create_message(
+        self, body: RecordDict, kind: str, node: int, group_id: str, ttl: float
+    ) -> Message:
+        """As Flower's."""
+        return Message(body, node, kind, ttl=ttl, group_id=group_id)
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        """Take them, and name them."""
+        self.asked += [m.metadata.dst_node_id for m in messages]
+        names = [f"m{len(self.asked)}-{i}" for i in range(len(messages))]
+        for name, message in zip(names, messages, strict=True):
+            message.metadata.__dict__["_message_id"] = name
+            reply = Message(content(b"ok"), reply_to=message)
+            self._waiting.append((name, reply))
+        return names
+
+    def pull_messages(self, ids: list[str]) -> list[Message]:
+        """All answers."""
+        del ids
+        replies = [reply for _, reply in self._waiting]
+        self._waiting = []
+        return replies
+
+
+class Clock:
+    """Time passes when somebody sleeps, and sites come and go with it."""
+
+    def __init__(self, present: dict[float, tuple[str, ...]]) -> None:
+        self.now = 0.0
+        self._present = present
+
+    def sleep(self, seconds: float) -> None:
+        """Let time pass."""
+        self.now += seconds
+
+    def directory(self) -> dict[str, int]:
+        """Who is connected at this time."""
+        since = max(t for t in self._present if t <= self.now)
+        return {name: NODES[name] for name in self._present[since]}
+
+
+def transport(clock: Clock, told: list[Any], grid: Any) -> GridTransport:
+    """One that waits at most 60 s, for 3 of 4 sites."""
+    return GridTransport(
+        grid,
+        4,
+        connect_timeout_s=60.0,
+        directory=clock.directory,
+        quorum=3,
+        waiting=told.append,
+        exchanging=told.append,
+        clock=lambda: clock.now,
+        sleep=clock.sleep,
+    )
+
+
+REQUESTS = dict.fromkeys(SITES, b"x")
+
+
+def test_a_round_waits_until_the_threshold_is_connected_and_names_the_absent() -> None:
+    clock, told, grid = Clock({0.0: ("a",), 20.0: ("a", "b", "d")}), list[Any](), Grid()
+    found = transport(clock, told, grid).exchange("round", REQUESTS, 5.0)
+    assert set(found) == {"a", "b", "d"}
+    assert told[0] == ("b", "c", "d")
+    assert told[-2:] == [(), "round"]
+    assert 20.0 <= clock.now < 25.0
+    assert sorted(grid.asked) == [10, 11, 13]  # nobody is asked twice, or while absent
+
+
+def test_a_round_does_not_wait_for_sites_beyond_the_threshold() -> None:
+    clock, told = Clock({0.0: ("a", "b", "c")}), list[Any]()
+    assert set(transport(clock, told, Grid()).exchange("round", REQUESTS, 5.0)) == {"a", "b", "c"}
+    assert told == ["round"]
+    assert clock.now < 1.0
+
+
+def test_set_up_waits_for_every_site() -> None:
+    clock, told = Clock({0.0: ("a", "b", "c"), 30.0: SITES}), list[Any]()
+    assert set(transport(clock, told, Grid()).exchange("join", REQUESTS, 5.0)) == set(SITES)
+    assert told[0] == ("d",)
+
+
+def test_phases_within_a_round_go_on_with_whoever_is_there() -> None:
+    clock, told = Clock({0.0: ("a",)}), list[Any]()
+    assert set(transport(clock, told, Grid()).exchange("agree", REQUESTS, 5.0)) == {"a"}
+    assert told == ["agree"]
+
+
+def test_the_wait_ends_with_names_and_a_way_out() -> None:
+    clock, told, grid = Clock({0.0: ("a", "b")}), list[Any](), Grid()
+    with pytest.raises(CohortError, match=r"2 of 4 sites .* 3 are needed.* c, d\..*--resume"):
+        transport(clock, told, grid).exchange("round", REQUESTS, 5.0)
+    assert 60.0 <= clock.now < 65.0
+    assert grid.asked == []
