@@ -8,7 +8,7 @@ export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 
-.PHONY: help setup simulate test test-quick lint format clean
+.PHONY: help setup simulate test test-quick fault-matrix lint format clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,6 +28,9 @@ test: $(STAMP) ## Run all tests.
 
 test-quick: $(STAMP) ## Run the tests that take seconds.
 	$(BIN)/python -m pytest -m 'not slow'
+
+fault-matrix: $(STAMP) ## Break a real deployment in every way; takes an hour, goes on where it stopped.
+	$(BIN)/python -m simulations.fault_matrix $(ARGS)
 
 lint: $(STAMP) ## Check style, types and the arrows between the packages.
 	$(BIN)/ruff check .

@@ -9,16 +9,22 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from client.app import forget_sites
+from client.run import SiteRun
 from server.app import make_server_app
 from server.rounds import StudyOutcome
 from shared.messages import decode
+from shared.parameters import FlatVector
 from shared.secagg.messages import Descriptor, Opening
-from shared.study import RoundRequest
+from shared.secagg.ring import RingVector
+from shared.study import Packed, RoundRequest
 from simulations.deployment import Deployment
 from simulations.engines import run_in_process
-from simulations.grid import Delivery, Direction, FaultHook
+from simulations.grid import Delivery, Direction, FaultHook, no_faults
 from simulations.sites import write_sites
 
 
@@ -38,12 +44,14 @@ def absent_from(contributors: Mapping[int, set[str]]) -> FaultHook:
     return hook
 
 
-def in_process(live: Deployment, run_id: str) -> str:
+def in_process(live: Deployment, run_id: str, *, everyone: bool = False) -> str:
     """The hash of the model that the same study ends with in this process.
 
-    Each round has the contributors that it had in the deployment: the faults are the same.
+    Each round has the contributors that it had in the deployment: the faults are the same. With
+    `everyone` no site is ever missing.
     """
     contributors = {r["round"]: set(r["contributors"]) for r in live.rounds()}
+    faults = no_faults if everyone else absent_from(contributors)
     done: list[StudyOutcome] = []
     with tempfile.TemporaryDirectory() as base:
         folders = {name: Path(base) / name for name in live.names}
@@ -59,7 +67,41 @@ def in_process(live: Deployment, run_id: str) -> str:
             poll_s=0.001,
         )
         try:
-            run_in_process(app, folders, absent_from(contributors))
+            run_in_process(app, folders, faults)
         finally:
             forget_sites()
     return done[0].state.digest().hex()
+
+
+def known_updates(live: Deployment, run_id: str) -> dict[str, tuple[bytes, ...]]:
+    """What each site's first masked vector would look like without its masks, by site.
+
+    The same study is begun in this process, where the vectors are taken before they are masked:
+    as the bytes of the ring's integers on the wire, and as those of the float32 update.
+    """
+    found: dict[str, tuple[bytes, ...]] = {}
+    pack = SiteRun._pack
+
+    def watched(
+        run: SiteRun, vector: FlatVector, counts: Any, round_no: int
+    ) -> RingVector | Packed:
+        packed = pack(run, vector, counts, round_no)
+        if round_no == 1:
+            integers = np.empty(run.layout.length, dtype=np.uint32)
+            if isinstance(packed, np.ndarray):
+                integers[:] = packed
+            else:
+                packed.reader(0)(integers)
+            wire = run.layout.ring.to_wire(integers & run.layout.ring.modulus_mask)
+            # The counts behind the parameters are mostly zeros, which are everywhere.
+            size = len(wire) // run.layout.length
+            parameters = bytes(wire[: size * run.layout.parameters])
+            found[run.config.name] = (parameters, vector.astype("<f4").tobytes())
+        return packed
+
+    SiteRun._pack = watched  # type: ignore[method-assign, assignment]
+    try:
+        in_process(live, run_id, everyone=True)
+    finally:
+        SiteRun._pack = pack  # type: ignore[method-assign]
+    return found

@@ -1,0 +1,116 @@
+"""A man in the middle of a deployment: sees what lies behind the TLS, and meddles with it.
+
+It stands where the sites think the server is, with the server's own certificate, and passes their
+requests on to the real proxy. A rule decides what becomes of each request, as a bad network would;
+everything that passes can be written down, as an operator of the server could.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from server.proxy import FleetProxy
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """What becomes of one request.
+
+    Attributes:
+        delay_s: Held back this long on its way to the server.
+        lose_request: Never reaches the server; the site is told 503, as by a broken gateway.
+        lose_reply: Reaches the server; the site is told the same.
+        copies: How often it reaches the server.
+    """
+
+    delay_s: float = 0.0
+    lose_request: bool = False
+    lose_reply: bool = False
+    copies: int = 1
+
+
+Rule = Callable[[str, str], Treatment]
+"""(public node key in base64, path) -> Treatment."""
+
+
+def pass_on(key: str, path: str) -> Treatment:
+    """Meddle with nothing."""
+    del key, path
+    return Treatment()
+
+
+@dataclass
+class Meddler:
+    """The rule that holds now, and what was seen."""
+
+    rule: Rule = pass_on
+    recording: list[bytes] | None = None
+    treated: list[Treatment] = field(default_factory=list)
+
+    def record(self, body: bytes) -> None:
+        """Keep a body that passed, while recording."""
+        if self.recording is not None:
+            self.recording.append(body)
+
+
+class _App(FleetProxy):
+    """A FleetProxy in the middle."""
+
+    def __init__(self, upstream: str, verify: ssl.SSLContext, meddler: Meddler) -> None:
+        super().__init__(upstream, verify)
+        self._meddler = meddler
+        send = self._client.post
+
+        async def post(url: str, **request: object) -> httpx.Response:
+            headers = dict(request["headers"])  # type: ignore[call-overload]
+            key = headers.get(b"flwr-public-key", b"").decode()
+            treatment = meddler.rule(key, url.removeprefix(upstream))
+            if treatment != Treatment():
+                meddler.treated.append(treatment)
+            await asyncio.sleep(treatment.delay_s)
+            if treatment.lose_request:
+                raise httpx.ConnectError("lost on the way there")
+            meddler.record(bytes(request["content"]))  # type: ignore[call-overload]
+            answers = [await send(url, **request) for _ in range(treatment.copies)]  # type: ignore[arg-type]
+            meddler.record(answers[0].content)
+            if treatment.lose_reply:
+                raise httpx.ConnectError("lost on the way back")
+            return answers[0]
+
+        self._client.post = post  # type: ignore[method-assign, assignment]
+
+
+@contextmanager
+def meddling(
+    port: int, upstream: str, authority: Path, certificate: Path, key: Path
+) -> Iterator[Meddler]:
+    """Stand on a port of loopback before `upstream`, "https://host:port", within the block."""
+    meddler = Meddler()
+    app = _App(upstream, ssl.create_default_context(cafile=str(authority)), meddler)
+    config = uvicorn.Config(
+        app,
+        host="127.0.0.1",
+        port=port,
+        ssl_certfile=str(certificate),
+        ssl_keyfile=str(key),
+        log_level="error",
+        lifespan="on",
+        ws="none",
+    )
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        yield meddler
+    finally:
+        server.should_exit = True
+        thread.join()
