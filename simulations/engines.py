@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from flwr.app import Context, RecordDict
 from flwr.server.superlink.fleet.vce.backend.backend import BackendConfig
 from flwr.serverapp import ServerApp
@@ -47,8 +50,35 @@ def run_in_process(
     server_app(grid, server)
 
 
-def run_on_ray(server_app: ServerApp, folders: dict[str, Path]) -> None:
+@dataclass(frozen=True)
+class SiteShare:
+    """What one pretended site may use of the machine, where several train at once."""
+
+    cores: int
+    gpus: float
+
+    @classmethod
+    def of(cls, sites: int, *, cores: int, gpus: int) -> SiteShare:
+        """An even share: at least one core, at most one GPU; sites that find no room wait.
+
+        Args:
+            sites: How many train at once, 1 or more.
+            cores: Of the machine.
+            gpus: Of the machine that the sites may use.
+        """
+        part = min(1.0, math.floor(1000 * gpus / sites) / 1000)
+        return cls(cores=max(1, cores // sites), gpus=part)
+
+
+def run_on_ray(server_app: ServerApp, folders: dict[str, Path], device: str = "cpu") -> None:
     """Run both apps on Flower's simulation engine; Ray listens on all network interfaces.
+
+    Sites train at once, each on its share of the cores and GPUs, with as many torch threads.
+
+    Args:
+        server_app: The study's ServerApp.
+        folders: Folder of each site by name.
+        device: What the sites train on: auto, cpu or cuda.
 
     Raises:
         FedwardError: the engine failed; an error of the study itself comes through as it is.
@@ -57,11 +87,13 @@ def run_on_ray(server_app: ServerApp, folders: dict[str, Path]) -> None:
 
     names = sorted(folders)
     paths = [str(folders[name].resolve()) for name in names]
-    client_app = make_client_app(functools.partial(_folder_of_partition, paths))
-    cpus = max(1, (os.cpu_count() or 1) // len(names))
+    gpus = 0 if device == "cpu" else torch.cuda.device_count()
+    share = SiteShare.of(len(names), cores=os.cpu_count() or 1, gpus=gpus)
+    threads = min(share.cores, torch.get_num_threads())
+    client_app = make_client_app(functools.partial(_folder_of_partition, paths, threads))
     backend: BackendConfig = {
         "init_args": {"include_dashboard": False, "log_to_driver": False},
-        "client_resources": {"num_cpus": cpus, "num_gpus": 0.0},
+        "client_resources": {"num_cpus": share.cores, "num_gpus": share.gpus},
     }
     with _quiet_flower():
         try:
@@ -72,7 +104,9 @@ def run_on_ray(server_app: ServerApp, folders: dict[str, Path]) -> None:
             ) from error
 
 
-def _folder_of_partition(paths: list[str], context: Context) -> Path:
+def _folder_of_partition(paths: list[str], threads: int, context: Context) -> Path:
+    """The site of a message; called in the worker process that will train it."""
+    torch.set_num_threads(threads)
     return Path(paths[int(context.node_config["partition-id"])])
 
 

@@ -154,7 +154,7 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
         )
         try:
             if options.engine == "ray":
-                run_on_ray(server_app, folders)
+                run_on_ray(server_app, folders, options.device)
             else:
                 run_in_process(server_app, folders, options.faults)
             wall_s = time.perf_counter() - clock
