@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from client.augment import variants
 from client.clipping import PatientClipper
 from client.data.dataset import PatientDataset
 from client.engines import Engine, EngineName, choose_engine
@@ -119,6 +120,7 @@ class LocalTrainer:
         self.plan = plan
         self.data = data
         self.steps_taken = 0
+        self._step_key = b""
         self.private = plan.privacy.mode != "none"
         self.device = choose_device(device)
         self._measuring = measuring
@@ -227,6 +229,7 @@ class LocalTrainer:
         stream = random.fresh_child(f"round {round_no}")
         batch = stream.sample(self.data.patient_count, self.plan.training.sample_rate)
         with self._exact_arithmetic():
+            self._begin_step(stream)
             seen = self._sum_patients(batch)
         self.steps_taken += 1
         log = RoundLog(time.perf_counter() - began, (len(batch),), seen)
@@ -306,6 +309,7 @@ class LocalTrainer:
         """Leave one step's gradient in the parameters; return how many records it read."""
         if self.plan.training.sample_rate is None:
             return self._mean_gradient(batch)
+        self._begin_step(random)
         seen = self._sum_patients(batch)
         if self._clipper is not None:
             self._clipper.finish_step(random)
@@ -314,6 +318,11 @@ class LocalTrainer:
                 if p.grad is not None:
                     p.grad /= self._divisor
         return seen
+
+    def _begin_step(self, random: ChaChaRandom) -> None:
+        """Draw what a step's variants follow from, whoever is in the batch."""
+        if self.plan.training.augment.variants:
+            self._step_key = random.bytes(32)
 
     def _sum_patients(self, batch: NDArray[np.int64]) -> int:
         """Add up a batch's gradients, clipped in private modes; return how many records it read."""
@@ -331,7 +340,8 @@ class LocalTrainer:
             for p in self._parameters:
                 p.grad = torch.zeros_like(p)
         try:
-            for part in physical_batches(counts, self._max_records):
+            each = max(1, self.plan.training.augment.variants)
+            for part in physical_batches(counts * each, self._max_records):
                 self._accumulate(batch[part], counts[part])
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
@@ -354,11 +364,18 @@ class LocalTrainer:
 
     def _accumulate(self, patients: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         """Add some patients' gradients, clipped in private modes, to the step's sum."""
+        augment = self.plan.training.augment
+        each = max(1, augment.variants)
         rows = torch.from_numpy(np.concatenate([self._records_of[p] for p in patients.tolist()]))
-        owners = torch.from_numpy(np.repeat(np.arange(len(patients)), counts)).to(self.device)
-        shares = torch.from_numpy((1.0 / counts).astype(np.float32)).to(self.device)[owners]
-        inputs = self._inputs[rows].to(self.device)
-        loss = (self._losses(inputs, rows) * shares).sum()
+        owners = torch.from_numpy(np.repeat(np.arange(len(patients)), counts * each))
+        owners = owners.to(self.device)
+        shares = torch.from_numpy((1.0 / (counts * each)).astype(np.float32))
+        shares = shares.to(self.device)[owners]
+        inputs = self._inputs[rows]
+        if augment.variants:
+            inputs = variants(inputs, augment, self._step_key)
+        loss = self._losses(inputs.to(self.device), rows.repeat_interleave(each))
+        loss = (loss * shares).sum()
         if self._engine is not None:
             self._engine.add(loss, owners, len(patients))
         else:

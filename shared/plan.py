@@ -169,6 +169,28 @@ class ModelPlan:
 
 
 @dataclass(frozen=True)
+class AugmentPlan:
+    """Variants of every image in every step, averaged before clipping (De et al. 2022).
+
+    `variants` random ones each; 0 trains on the images as they are. `flip` mirrors half of them
+    left to right: not for images in which a side means something, such as the heart's. A shift is
+    up to `shift_pixels` in each direction, edges repeated.
+    """
+
+    variants: int = 0
+    flip: bool = False
+    shift_pixels: int = 0
+
+    def __post_init__(self) -> None:
+        require(0 <= self.variants <= 64, f"variants is {self.variants}; valid: 0 to 64")
+        require(0 <= self.shift_pixels <= 64, f"shift_pixels is {self.shift_pixels}; 0 to 64")
+        require(
+            (self.variants > 0) == (self.flip or self.shift_pixels > 0),
+            "augment: variants above 0 go with flip or shift_pixels, and only with them",
+        )
+
+
+@dataclass(frozen=True)
 class TrainingPlan:
     """How a site trains in one round.
 
@@ -188,6 +210,7 @@ class TrainingPlan:
     max_records_per_patient: int = 16
     spare_rounds: int = 0
     round_timeout_s: float = 3600.0
+    augment: AugmentPlan = field(default_factory=AugmentPlan)
 
     def __post_init__(self) -> None:
         require(0 <= self.rounds <= 100_000, f"rounds is {self.rounds}; valid: 1 to 100000")
@@ -477,6 +500,14 @@ class StudyPlan:
 
     def _check_learning(self) -> None:
         training, private = self.training, self.privacy.mode != "none"
+        if training.augment.variants:
+            image = self.task.image
+            require(
+                image is not None
+                and image.features == "pixels"
+                and training.sample_rate is not None,
+                "training: augment needs images, as pixels, and a sample_rate",
+            )
         require(self.model != NO_MODEL, "the table [model] is missing. Name a model.")
         require(training.rounds >= 1, "training: rounds is 0 or missing; 1 or more")
         require(
