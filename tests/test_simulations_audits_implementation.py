@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from shared.errors import ConfigError
-from simulations.audits.faults import LISTED, Fault, attempt, small_plan
+from simulations.audits.faults import attempt, small_plan
+from simulations.audits.faults_kit import LISTED, Fault
 from simulations.audits.finding import AuditOptions, AuditTarget
 from simulations.audits.implementation import run
 from simulations.audits.site_probe import changed

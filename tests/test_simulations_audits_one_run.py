@@ -22,7 +22,8 @@ from simulations.audits.bounds import (
     most_power,
     one_run_bound,
 )
-from simulations.audits.faults import patched, small_plan
+from simulations.audits.faults import small_plan
+from simulations.audits.faults_kit import patched
 from simulations.audits.finding import AuditOptions, AuditTarget, Finding
 from simulations.audits.site_probe import changed
 

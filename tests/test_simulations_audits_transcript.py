@@ -9,7 +9,8 @@ import pytest
 
 from shared.secagg import transcript as protocol
 from simulations.audits import collusion, transcript
-from simulations.audits.faults import patched, small_plan
+from simulations.audits.faults import small_plan
+from simulations.audits.faults_kit import patched
 from simulations.audits.finding import AuditOptions, AuditTarget, Finding
 
 TARGET = AuditTarget(small_plan("local", 8.0))
