@@ -13,13 +13,14 @@ from client.config import SiteConfig, SiteFolder
 from client.consent import Books, People
 from client.counting import clamped_cells, counts_of, noisy_counts
 from client.data.dataset import PatientDataset
+from client.epochs import Epochs
 from client.guard import check_sensitivity
 from client.ledger import Charge
 from client.noise import ChaChaRandom
 from client.people import PARTS, read_parts
-from client.secagg import Member, RoundTicket
+from client.secagg import RoundTicket
 from client.share import noisy_integers
-from client.store import Prefixed, RunStore
+from client.store import RunStore
 from client.training import LocalTrainer
 from shared import plan as plans
 from shared import rfc9162
@@ -41,13 +42,16 @@ from shared.privacy import (
     epsilon_of,
     noise_multiplier_of,
 )
-from shared.secagg.messages import Opening
+from shared.secagg.messages import Opening, Settlement
 from shared.secagg.ring import RingVector
 from shared.study import (
+    Join,
     Packed,
     Receipt,
+    SetupStep,
     Standing,
     VectorLayout,
+    first_terms,
     session_of,
     state_from_bytes,
     state_to_bytes,
@@ -81,8 +85,9 @@ class SiteRun:
         self.layout = VectorLayout(plan, self.spec.length)
         self.noise_multiplier = noise_multiplier_of(plan)
         self._costs = costs_of(plan)
-        self._session = session_of(plan, run_id, folder.roster(), self.spec.length)
-        if self._session.public[config.name] != identity.public:
+        self._roster = folder.roster()
+        session = session_of(plan, run_id, self._roster, self.spec.length)
+        if session.public[config.name] != identity.public:
             raise ConfigError("the roster pins another key for this site than its identity.pem")
         self._opt_out = books.opt_out.stamp()
         self._begin()
@@ -102,9 +107,48 @@ class SiteRun:
             self.store["applied"] = (0).to_bytes(8, "little")
 
     def _load(self) -> None:
-        self.member = Member(self._session, self._identity, Prefixed(self.store, "secagg/0/"))
+        self._epochs = Epochs(
+            plan=self.plan,
+            run_id=self.run_id,
+            identity=self._identity,
+            roster=self._roster,
+            parameters=self.spec.length,
+            store=self.store,
+        )
         self.state = state_from_bytes(self.store["model"])
-        self.witness = Witness(self._session, self.store.keep)
+        self._attend()
+
+    def _attend(self) -> None:
+        """Speak and bear witness in the epoch that the site is in."""
+        self.member = self._epochs.member
+        self.witness = Witness(self._epochs.session, self.store.keep)
+
+    def join(self, request: Join) -> tuple[bytes, bytes]:
+        """S1 of the epoch that a server proposes, and this site's voucher; see `Epochs.join`."""
+        self.accept(request.results)
+        if request.settlement:
+            self.member.settle(request.settlement)
+            self.witness.attestations(decode(Settlement, request.settlement).attestations)
+        terms = request.terms or first_terms(self.plan)
+        return self._epochs.join(terms, self.state, request.model, request.vouchers)
+
+    def set_up(self, request: SetupStep) -> bytes:
+        """One step of an epoch's set-up, S2 to S4."""
+        member = self._epochs.setting_up(request.epoch)
+        steps = {2: member.encapsulate, 3: member.prekeys, 4: member.confirm}
+        if request.step not in steps:
+            raise ProtocolError(f"set-up step {request.step} is not 2, 3 or 4")
+        answer = steps[request.step](request.body)
+        self._epochs.note(request.epoch, request.step, request.body)
+        return answer
+
+    def activate(self, epoch: int, activation: bytes) -> None:
+        """S5: the epoch begins, with this site's own model or one that t sites vouched for."""
+        model = self._epochs.activate(epoch, activation, self.store.keep)
+        if model is not None:
+            self.state = model
+            self.store["model"] = state_to_bytes(model)
+        self._attend()
 
     def refresh(self) -> None:
         """Notice what another process of this site wrote."""
@@ -159,7 +203,9 @@ class SiteRun:
     def standing(self) -> Standing:
         """How far this site is, for a server that lost sight of it."""
         member = self.member
-        return Standing(0, member.next_round, member.transcript, member.active, member.lost)
+        return Standing(
+            self._epochs.number, member.next_round, member.transcript, member.active, member.lost
+        )
 
     def accept(self, results: tuple[bytes, ...]) -> None:
         """Take published results in order, and apply each sum once to the own model.

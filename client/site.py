@@ -145,28 +145,21 @@ class Site:
         self.books.allow(plan)
         run = self._open(request.run_id, plan)
         with run.transaction():
-            advertise = run.member.advertise()
-            run.witness.epoch()
-        return encode(Joined(site=self.config.name, advertise=advertise))
+            advertise, voucher = run.join(request)
+        return encode(Joined(site=self.config.name, advertise=advertise, voucher=voucher))
 
     def _setup(self, body: bytes) -> bytes:
         request = self._read(SetupStep, body)
         run = self._run(request.run_id)
         with run.transaction():
-            steps = {2: run.member.encapsulate, 3: run.member.prekeys, 4: run.member.confirm}
-            if request.step not in steps:
-                raise ProtocolError(f"set-up step {request.step} is not 2, 3 or 4")
-            answer = steps[request.step](request.body)
-            run.witness.deliveries(request.body)
-            return answer
+            return run.set_up(request)
 
     def _round(self, body: bytes) -> bytes:
         request = self._read(RoundRequest, body)
         run = self._run(request.run_id)
         with run.transaction():
             if request.activation is not None:
-                run.member.activate(request.activation)
-                run.witness.activation(request.activation)
+                run.activate(request.epoch, request.activation)
             run.accept(request.results)
             return run.contribute(request.opening)
 

@@ -61,7 +61,7 @@ def make_server_app(
         del context
         transport = GridTransport(
             grid,
-            len(plan.cohort.names),
+            plan.cohort.names,
             poll_s=poll_s,
             connect_timeout_s=wait_s,
             directory=directory,

@@ -40,6 +40,7 @@ from shared.messages import (
     encode,
     message,
 )
+from shared.study import EpochTerms
 
 _LENGTH = struct.Struct("<I")
 _NAMES = Many(Text())
@@ -80,6 +81,7 @@ class SavedStudy:
         vectors: Of which published result the vector files are; 0 for none.
         model: Model and optimiser state, `study.state_to_bytes`.
         relay: The relay's snapshot, without vectors.
+        terms: The epoch; `tried` is the highest number that any attempt has used, plus one.
     """
 
     run_id: Annotated[str, Text()]
@@ -93,6 +95,8 @@ class SavedStudy:
     vectors: Annotated[int, U64]
     model: Annotated[bytes, Blob()]
     relay: Annotated[bytes, Blob()]
+    terms: Annotated[EpochTerms, Nested(EpochTerms)]
+    tried: Annotated[int, U32]
     sites: Annotated[Mapping[str, SavedSite], ByName(Nested(SavedSite))]
     traffic: Annotated[Mapping[str, SavedTraffic], ByName(Nested(SavedTraffic))]
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import IO, Protocol
 
 from shared.errors import ProtocolError
-from shared.evidence import PublishedSum, log_entry
+from shared.evidence import DealsSeen, EpochOpened, PublishedSum, log_entry
 from shared.messages import decode, encode, kind_of
-from shared.secagg.messages import Abort, Descriptor, Result
+from shared.secagg.messages import Abort, Activation, Descriptor, Result
 
 _LENGTH = struct.Struct("<I")
 
@@ -94,7 +94,9 @@ def along(records: tuple[bytes, ...], final: bytes) -> tuple[bytes, ...]:
     Raises:
         ProtocolError: no round of the records leads to `final`.
     """
+    records = _without_idle_epochs(records)
     entries = [log_entry(record) for record in records]
+    starts = _epoch_starts(records)
     by_after = {e.transcript: i for i, e in enumerate(entries) if e is not None}
     wanted: set[int] = set()
     at = final
@@ -103,7 +105,35 @@ def along(records: tuple[bytes, ...], final: bytes) -> tuple[bytes, ...]:
         entry = entries[place]
         assert entry is not None  # noqa: S101  # by_after holds such places alone
         wanted.add(place)
-        at = decode(Descriptor, entry.descriptor).transcript
+        what = decode(Descriptor, entry.descriptor)
+        at = what.transcript
+        if at not in by_after:  # the first round of an epoch
+            at = starts.get(what.session, at)
     if not wanted:
         raise ProtocolError("the server's record of the run does not lead to its end")
     return tuple(r for i, r in enumerate(records) if entries[i] is None or i in wanted)
+
+
+def _epoch_starts(records: tuple[bytes, ...]) -> dict[bytes, bytes]:
+    """The history that each epoch goes on from, by the hash of its session."""
+    opened = (decode(EpochOpened, r) for r in records if kind_of(r) is EpochOpened)
+    return {epoch.session: epoch.start for epoch in opened}
+
+
+def _without_idle_epochs(records: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    """Leave out the set-up of epochs in which no round ended: a server that was killed."""
+    used = {
+        decode(Descriptor, entry.descriptor).session
+        for entry in (log_entry(record) for record in records)
+        if entry is not None
+    }
+    kept, idle = [], False
+    for record in records:
+        kind = kind_of(record)
+        if kind is EpochOpened:
+            idle = decode(EpochOpened, record).session not in used
+        elif kind not in (DealsSeen, Activation):
+            idle = False
+        if not idle:
+            kept.append(record)
+    return tuple(kept)

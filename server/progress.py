@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from server.checkpoint import Checkpoints, Loaded, SavedSite, SavedStudy, SavedTraffic
@@ -12,7 +12,12 @@ from server.secagg import Relay
 from shared.errors import ConfigError
 from shared.optimizers import ModelState
 from shared.plan import StudyPlan
-from shared.study import MAX_RESULTS, state_from_bytes, state_to_bytes
+from shared.secagg.session import Session
+from shared.study import MAX_RESULTS, EpochTerms, state_from_bytes, state_to_bytes
+
+MAX_RESULT_BYTES = 256 << 20
+"""Published results that are kept for sites that were away; who is further behind gets in by a new
+epoch."""
 
 
 @dataclass
@@ -39,6 +44,7 @@ class Progress:
     Attributes:
         state: Model and optimiser state after the last sum.
         relay: The secure sum's relay.
+        terms: The epoch that it is of.
         sites: The sites that were set up; empty before.
         results: The last published results, as many as some site may still need.
         published: All results and aborts that were published.
@@ -46,10 +52,13 @@ class Progress:
         finished: Rounds that ended with a sum.
         aborts: Rounds that ended without.
         reports: One for each round.
+        tried: The next epoch's number; it rises with every attempt to set one up.
+        epoch_wait: Rounds until the next attempt, and `epoch_fails` how many failed in a row.
     """
 
     state: ModelState
     relay: Relay
+    terms: EpochTerms
     sites: dict[str, SiteProgress] = field(default_factory=dict)
     results: deque[bytes] = field(default_factory=deque)
     published: int = 0
@@ -57,6 +66,9 @@ class Progress:
     finished: int = 0
     aborts: int = 0
     reports: list[RoundReport] = field(default_factory=list)
+    tried: int = 0
+    epoch_wait: int = 0
+    epoch_fails: int = 0
 
     def publish(self, result: bytes) -> None:
         """Keep one more result, and forget those that every site within reach has taken."""
@@ -64,8 +76,9 @@ class Progress:
         self.published += 1
         behind = (self.published - site.seen for site in self.sites.values())
         needed = max((n for n in behind if n <= MAX_RESULTS), default=1)
-        while len(self.results) > needed:
-            self.results.popleft()
+        size = sum(map(len, self.results))
+        while len(self.results) > needed or (size > MAX_RESULT_BYTES and len(self.results) > 1):
+            size -= len(self.results.popleft())
 
     def results_since(self, seen: int) -> tuple[bytes, ...]:
         """What a site that has taken `seen` results is still to get."""
@@ -117,6 +130,8 @@ class Keeper:
                 vectors=self._vectors,
                 model=state_to_bytes(progress.state),
                 relay=progress.relay.snapshot(vectors=False),
+                terms=progress.terms,
+                tried=progress.tried,
                 sites={
                     name: SavedSite(s.activation, s.seen, s.misses, s.wait)
                     for name, s in progress.sites.items()
@@ -128,12 +143,14 @@ class Keeper:
             )
         )
 
-    def restore(self, loaded: Loaded, fresh: Relay) -> tuple[Progress, dict[str, Traffic]]:
+    def restore(
+        self, loaded: Loaded, session_of: Callable[[EpochTerms], Session]
+    ) -> tuple[Progress, dict[str, Traffic]]:
         """The progress that a checkpoint holds, and what had been sent by then.
 
         Args:
             loaded: From `Checkpoints.load`.
-            fresh: A relay of the very session that the study is of.
+            session_of: The study's session on some terms.
 
         Raises:
             ConfigError: the checkpoint is of another run, plan or roster.
@@ -148,7 +165,9 @@ class Keeper:
         self._reports_bytes, self._vectors = saved.reports_bytes, saved.vectors
         progress = Progress(
             state=state_from_bytes(saved.model),
-            relay=Relay.restore(fresh.session, saved.relay, loaded.vectors),
+            relay=Relay.restore(session_of(saved.terms), saved.relay, loaded.vectors),
+            terms=saved.terms,
+            tried=saved.tried,
             sites={
                 name: SiteProgress(s.activation, s.seen, s.misses, s.wait)
                 for name, s in saved.sites.items()

@@ -10,9 +10,10 @@ sign. `Study.resume` sends the very same requests again, and the sites answer fr
 
 from __future__ import annotations
 
+import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
@@ -21,9 +22,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from server.checkpoint import Checkpoints
+from server.epochs import Setter, newcomers, outsiders, postpone
 from server.evidence import NoRecord, Recorder
 from server.outcome import Observer, RoundReport, StudyOutcome, Traffic
-from server.progress import Keeper, Progress, SiteProgress
+from server.progress import Keeper, Progress
 from server.rollcall import RollCall
 from server.secagg import Relay
 from shared.counts import releases_counts
@@ -34,19 +36,19 @@ from shared.messages import decode, encode
 from shared.models import build_model, initial_parameters, parameter_spec
 from shared.optimizers import ModelState, apply_update, initial_state
 from shared.plan import StudyPlan
+from shared.secagg.session import Session
 from shared.study import (
-    MAX_RESULTS,
+    EpochTerms,
     FinishRequest,
-    Join,
-    Joined,
     PhaseRequest,
+    Present,
     Receipt,
     Rechecked,
     RecheckRequest,
     RoundRequest,
-    SetupStep,
     SignedReceipt,
     VectorLayout,
+    first_terms,
     session_of,
 )
 
@@ -65,7 +67,13 @@ class Transport(Protocol):
         """
 
     def roll_call(
-        self, body: bytes, name_of: Callable[[bytes], str], *, least: int, timeout_s: float
+        self,
+        body: bytes,
+        name_of: Callable[[bytes], str],
+        *,
+        least: int,
+        timeout_s: float,
+        among: Collection[str] | None = None,
     ) -> dict[str, bytes]:
         """Ask every node which site it is; answers that `name_of` accepts, by its names."""
 
@@ -81,6 +89,8 @@ class Transport(Protocol):
     def bytes_down(self) -> int:
         """Bytes sent to sites so far."""
 
+
+_LOG = logging.getLogger("fedward.server")
 
 REFILL_EXCHANGES = 8
 """Messages to each site after which a refill of prekeys is given up; it takes three or four."""
@@ -121,10 +131,13 @@ class Study:
         """Build the starting model, which every site builds alike from the plan."""
         spec = parameter_spec(build_model(self.plan))
         self._layout = VectorLayout(self.plan, spec.length)
-        session = session_of(self.plan, self.run_id, self.roster, spec.length)
+        self._parameters = spec.length
         start = initial_state(self.plan.optimizer, initial_parameters(self.plan))
-        self._at = Progress(start, Relay(session))
-        self._witness = Witness(session, self.recorder.keep)
+        terms = first_terms(self.plan)
+        self._at = Progress(start, Relay(self._session(terms)), terms)
+        self._setter = Setter(
+            self.plan, self.run_id, self._session, self._exchange, self.recorder.keep, self._save
+        )
         self._timeout_s = self.plan.training.round_timeout_s
         self._underway = b""
         self._keeper: Keeper | None = None
@@ -165,7 +178,7 @@ class Study:
         study.checkpoint, study.durable = checkpoint, durable
         study._keeper = Keeper(disk, plan, run_id)
         loaded = disk.load()
-        study._at, traffic = study._keeper.restore(loaded, study._at.relay)
+        study._at, traffic = study._keeper.restore(loaded, study._session)
         study._underway = loaded.underway
         transport.traffic.update(traffic)
         return study
@@ -187,16 +200,9 @@ class Study:
             ProtocolError: a site sent what it must not, and too few others remain.
         """
         at, training = self._at, self.plan.training
-        roll = RollCall(self.run_id, self.roster, os.urandom(32))
-        self.transport.roll_call(
-            roll.question,
-            roll.name_of,
-            least=self.plan.cohort.threshold if at.sites else len(self.roster),
-            timeout_s=min(self._timeout_s, ROLL_CALL_S),
-        )
+        present = self._call_roll()
         if not at.sites:
-            self._set_up()
-            self._save()
+            self._setter.begin(at, present)
         last = training.rounds + (1 if releases_counts(self.plan) else 0)
         while at.finished < last:
             if at.aborts > training.spare_rounds:
@@ -204,6 +210,7 @@ class Study:
                     f"round {at.round_no} aborted: {at.reports[-1].reason}. The plan pays for "
                     f"{training.spare_rounds} spare rounds and they are used up."
                 )
+            self._admit()
             report = self._round()
             at.reports.append(report)
             at.finished += not report.reason
@@ -217,36 +224,45 @@ class Study:
         if self._keeper is not None:
             self._keeper.save(self._at, self.transport.traffic)
 
-    def _set_up(self) -> None:
-        names = self.plan.cohort.names
-        join = encode(Join(run_id=self.run_id, plan=self.plan.canonical_bytes))
-        replies = self._all("join", dict.fromkeys(names, join))
-        first = {name: decode(Joined, reply).advertise for name, reply in replies.items()}
-        self._witness.epoch()
-        requests = self._relay.advertised(first)
-        for step, take in ((2, self._relay.encapsulated), (3, self._relay.dealt)):
-            self._witness.deliveries(requests[names[0]])
-            requests = take(self._step(step, requests))
-        activation = self._relay.confirmed(self._step(4, requests))
-        self._at.sites = {name: SiteProgress(activation[name]) for name in names}
+    def _session(self, terms: EpochTerms) -> Session:
+        return session_of(self.plan, self.run_id, self.roster, self._parameters, terms)
 
-    def _step(self, step: int, requests: Mapping[str, bytes]) -> dict[str, bytes]:
-        bodies = {
-            name: encode(SetupStep(run_id=self.run_id, step=step, body=body))
-            for name, body in requests.items()
-        }
-        return self._all("setup", bodies)
+    def _witness(self) -> Witness:
+        return Witness(self._relay.session, self.recorder.keep)
 
-    def _all(self, action: str, requests: dict[str, bytes]) -> dict[str, bytes]:
-        """Set-up needs every site of the roster."""
-        replies = self.transport.exchange(action, requests, self._timeout_s)
-        missing = sorted(set(requests) - set(replies))
-        if missing:
-            raise CohortError(
-                f"no usable answer to {action!r} from {', '.join(missing)}. Set-up needs every "
-                "site of the plan; look into those sites' logs, or plan without them."
-            )
-        return replies
+    def _exchange(self, action: str, requests: Mapping[str, bytes]) -> dict[str, bytes]:
+        return self.transport.exchange(action, requests, self._timeout_s)
+
+    def _call_roll(self, among: Collection[str] | None = None) -> dict[str, Present]:
+        """Learn which node is which site, and how far the sites are."""
+        roll = RollCall(self.run_id, self.roster, os.urandom(32))
+        answers = self.transport.roll_call(
+            roll.question,
+            roll.name_of,
+            least=self.plan.cohort.threshold,
+            timeout_s=min(self._timeout_s, ROLL_CALL_S),
+            among=among,
+        )
+        return {name: roll.answer(reply) for name, reply in answers.items()}
+
+    def _admit(self) -> None:
+        """Begin a new epoch where a connected site cannot take part in this one."""
+        at = self._at
+        if self._underway or at.epoch_wait > 0:
+            at.epoch_wait = max(at.epoch_wait - 1, 0)
+            return
+        outside = outsiders(at, self.plan)
+        waiting = newcomers(at, self._call_roll(outside)) if outside else set()
+        if not waiting:
+            return
+        try:
+            settlement = self._recheck() if self._relay.vectors else b""
+            self._setter.admit(at, waiting, settlement)
+        except ProtocolError as error:
+            _LOG.warning("epoch %s was not set up: %s", at.tried - 1, error)
+            postpone(at)
+        else:
+            at.epoch_fails = 0
 
     def _round(self) -> RoundReport:
         at, started = self._at, time.perf_counter()
@@ -276,7 +292,7 @@ class Study:
         except ProtocolError as error:
             reason = str(error)
             result = self._relay.abort(reason)
-        self._witness.result(result)
+        self._witness().result(result)
         self.recorder.publish(result)
         at.publish(result)
         at.note_absent(cohort, contributors)
@@ -308,7 +324,7 @@ class Study:
         """All sites but those that were absent lately; they are asked again ever more rarely."""
         present, at = [], self._at
         for name, site in at.sites.items():
-            if site.wait == 0 and at.published - site.seen <= MAX_RESULTS:
+            if site.wait == 0 and at.published - site.seen <= len(at.results):
                 present.append(name)
         if len(present) < self.plan.cohort.threshold:
             return tuple(sorted(at.sites))
@@ -338,12 +354,13 @@ class Study:
             activation=site.activation,
             results=self._at.results_since(site.seen),
             opening=opening,
+            epoch=self._at.terms.epoch,
         )
 
     def _unmask(self) -> NDArray[np.uint32]:
         """Agree on who is in, open the masks, and return the sum."""
         requests = self._relay.close_inputs()
-        self._witness.attestations(self._relay.attestations)
+        self._witness().attestations(self._relay.attestations)
         self._note_underway()
         self._phase("agree", requests, self._relay.add_agreement)
         requests = self._relay.close_agreement()
@@ -390,7 +407,7 @@ class Study:
             except ProtocolError:
                 continue
             self._at.sites[name].seen = self._at.published
-        self._witness.attestations(self._relay.attestations)
+        self._witness().attestations(self._relay.attestations)
         return self._relay.settlement()
 
     def _finish(self) -> dict[str, SignedReceipt]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
@@ -39,7 +39,7 @@ class GridTransport:
 
     Args:
         grid: Flower's Grid, any engine.
-        sites: How many nodes to wait for before the first message.
+        sites: Names of all sites; so many nodes are waited for before the first message.
         poll_s: Seconds between two looks for answers.
         connect_timeout_s: How long to wait for the nodes.
         directory: The sites that are connected now, by name, and their nodes.
@@ -51,7 +51,7 @@ class GridTransport:
     def __init__(
         self,
         grid: Grid,
-        sites: int,
+        sites: Collection[str],
         *,
         poll_s: float = 0.2,
         connect_timeout_s: float = 300.0,
@@ -62,7 +62,7 @@ class GridTransport:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._grid, self._expected = grid, sites
+        self._grid, self._expected, self._all_sites = grid, len(sites), tuple(sites)
         self._poll_s, self._connect_timeout_s = poll_s, connect_timeout_s
         self._directory, self._quorum, self._waiting = directory, quorum, waiting
         self._exchanging = exchanging
@@ -123,24 +123,28 @@ class GridTransport:
             self._waiting(())
 
     def roll_call(
-        self, body: bytes, name_of: Callable[[bytes], str], *, least: int, timeout_s: float
+        self,
+        body: bytes,
+        name_of: Callable[[bytes], str],
+        *,
+        least: int,
+        timeout_s: float,
+        among: Collection[str] | None = None,
     ) -> dict[str, bytes]:
         """Ask every node which site it is; the sites' answers, by name.
-
-        With a directory nobody need be asked.
 
         Args:
             body: The question, the same for all.
             name_of: Checks an answer's signature and returns its site; raises ProtocolError.
             least: With how many nodes to go on when the wait for all of them is over.
             timeout_s: How long to wait for answers.
+            among: Ask only for these sites, and only where a node is connected that is not known
+                as another one; default all, once they are there.
 
         Raises:
             CohortError: too few nodes are connected.
         """
-        if self._directory is not None:
-            return {}
-        nodes = self._wait_for_nodes(least)
+        nodes = self._nodes_to_ask(least, among)
         replies = self._send("rollcall", dict.fromkeys(nodes, body), timeout_s)
         present: dict[str, bytes] = {}
         for node, reply in self._accepted("rollcall", replies, {}).items():
@@ -152,6 +156,35 @@ class GridTransport:
             self._node_of[name] = node
             present[name] = reply
         return present
+
+    def _nodes_to_ask(self, least: int, among: Collection[str] | None) -> list[int]:
+        if self._directory is None and among is None:
+            return self._wait_for_nodes(least)
+        if self._directory is not None:
+            if among is None:
+                self._wait_for_sites(least)
+            self._node_of = dict(self._directory())
+            return [n for name, n in self._node_of.items() if among is None or name in among]
+        others = {n for name, n in self._node_of.items() if name not in (among or ())}
+        return [node for node in self._grid.get_node_ids() if node not in others]
+
+    def _wait_for_sites(self, least: int) -> None:
+        """With a directory: until all sites are connected, or the time is up and `least` are."""
+        deadline, told = self._clock() + self._connect_timeout_s, False
+        while self._directory is not None and len(found := self._directory()) < self._expected:
+            if self._clock() >= deadline:
+                if len(found) >= least:
+                    break
+                raise CohortError(
+                    f"{len(found)} of {self._expected} sites are connected after "
+                    f"{self._connect_timeout_s:.0f} s, and {least} are needed. Start the missing "
+                    "ones, then go on with fedward-server run --resume."
+                )
+            told = True
+            self._waiting(tuple(sorted(set(self._all_sites) - set(found))))
+            self._sleep(max(self._poll_s, 1.0))
+        if told:
+            self._waiting(())
 
     def _wait_for_nodes(self, least: int) -> list[int]:
         deadline = self._clock() + self._connect_timeout_s

@@ -14,8 +14,8 @@ finish    all attestations                    -> signed receipt
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Annotated
 
@@ -30,6 +30,7 @@ from shared.messages import (
     U32,
     U64,
     Blob,
+    ByName,
     Fixed,
     Flag,
     Many,
@@ -43,6 +44,7 @@ from shared.optimizers import ModelState
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.secagg.graph import mask_degree
+from shared.secagg.messages import MAX_SITES
 from shared.secagg.ring import Quantised, Ring, RingVector
 from shared.secagg.session import Session
 
@@ -98,22 +100,61 @@ class SignedPresent:
     signature: Annotated[bytes, Fixed(64)]
 
 
+@message(0x530F)
+@dataclass(frozen=True, slots=True)
+class EpochTerms:
+    """Who sets up an epoch of the secure sum, and from where it goes on.
+
+    Attributes:
+        epoch: Its number; it rises with every attempt.
+        members: Its sites, sorted; at least the plan's threshold of the plan's sites.
+        first_round: Its first round; rounds rise strictly through all epochs.
+        start: The history that it goes on from; zeros where the study begins.
+    """
+
+    epoch: Annotated[int, U32]
+    members: Annotated[tuple[str, ...], Many(Text(), MAX_SITES)]
+    first_round: Annotated[int, U32]
+    start: Annotated[bytes, Fixed(32)]
+
+
+def first_terms(plan: StudyPlan) -> EpochTerms:
+    """The epoch of a study at whose set-up every site is there."""
+    return EpochTerms(0, plan.cohort.names, 1, bytes(32))
+
+
 @message(0x5301)
 @dataclass(frozen=True, slots=True)
 class Join:
-    """Asks a site to take part in a run of a plan that it approved."""
+    """Asks a site to take part in an epoch of a run of a plan that it approved.
+
+    Attributes:
+        terms: The epoch; None for the first one with every site of the plan.
+        results: What a site that goes on from the epoch before is still to take.
+        settlement: Who rechecked the last sum; empty before the first one.
+        model: For a site that does not hold the model: model and optimiser state.
+        vouchers: For such a site: who vouches for that model, by name.
+    """
 
     run_id: Annotated[str, Text()]
     plan: Annotated[bytes, Blob(16 << 20)]
+    terms: Annotated[EpochTerms | None, Maybe(Nested(EpochTerms))] = None
+    results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)] = ()
+    settlement: Annotated[bytes, Blob()] = b""
+    model: Annotated[bytes, Blob()] = b""
+    vouchers: Annotated[Mapping[str, bytes], ByName(Blob(4096), MAX_SITES)] = field(
+        default_factory=dict
+    )
 
 
 @message(0x5302)
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """The site's name and its S1."""
+    """The site's name and its S1; its voucher, if it goes on from the epoch before."""
 
     site: Annotated[str, Text()]
     advertise: Annotated[bytes, Blob()]
+    voucher: Annotated[bytes, Blob(4096)] = b""
 
 
 @message(0x5303)
@@ -124,6 +165,7 @@ class SetupStep:
     run_id: Annotated[str, Text()]
     step: Annotated[int, U8]
     body: Annotated[bytes, Blob()]
+    epoch: Annotated[int, U32] = 0
 
 
 @message(0x5304)
@@ -135,6 +177,7 @@ class RoundRequest:
     activation: Annotated[bytes | None, Maybe(Blob())]
     results: Annotated[tuple[bytes, ...], Many(Blob(), MAX_RESULTS)]
     opening: Annotated[bytes, Blob()]
+    epoch: Annotated[int, U32] = 0
 
 
 @message(0x5305)
@@ -380,7 +423,11 @@ class Packed:
 
 
 def session_of(
-    plan: StudyPlan, run_id: str, roster: dict[str, bytes], parameters: int, epoch: int = 0
+    plan: StudyPlan,
+    run_id: str,
+    roster: Mapping[str, bytes],
+    parameters: int,
+    terms: EpochTerms | None = None,
 ) -> Session:
     """The secure sum's session; every site and the relay build the same one.
 
@@ -389,29 +436,38 @@ def session_of(
         run_id: The run's name.
         roster: Pinned Ed25519 public key of every site of the plan.
         parameters: Coordinates of the model.
-        epoch: 0, and one more each time the sites set up anew.
+        terms: The epoch; None for the first one with every site of the plan.
 
     Raises:
-        ProtocolError: a site of the plan is not pinned.
+        ProtocolError: a site is not pinned, or the terms are not the plan's.
     """
-    missing = sorted(set(plan.cohort.names) - set(roster))
+    cohort, terms = plan.cohort, terms or first_terms(plan)
+    members = terms.members
+    if list(members) != sorted(set(members)) or not set(members) <= set(cohort.names):
+        raise ProtocolError("the members of an epoch must be sites of the plan, sorted, each once")
+    if len(members) < cohort.threshold:
+        raise ProtocolError(
+            f"an epoch of {len(members)} sites; the plan takes {cohort.threshold} or more"
+        )
+    missing = sorted(set(members) - set(roster))
     if missing:
         raise ProtocolError(
             f"no identity is pinned for {', '.join(missing)}. Exchange fingerprints and pin them."
         )
-    cohort = plan.cohort
     layout = VectorLayout(plan, parameters)
     return Session(
         run_id=run_id,
         plan_sha256=bytes.fromhex(plan.sha256),
-        roster=tuple((name, roster[name]) for name in cohort.names),
+        roster=tuple((name, roster[name]) for name in members),
         threshold=cohort.threshold,
         colluders=cohort.colluders,
-        degree=mask_degree(len(cohort.names), cohort.threshold, cohort.colluders),
+        degree=mask_degree(len(members), cohort.threshold, cohort.colluders),
         bits=plan.secure_sum.bits,
         length=layout.length,
         prekey_rounds=plan.secure_sum.prekey_rounds,
-        epoch=epoch,
+        epoch=terms.epoch,
+        first_round=terms.first_round,
+        start=terms.start,
     )
 
 

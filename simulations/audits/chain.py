@@ -7,7 +7,6 @@ has to know from elsewhere (fingerprints). The formulas are the protocol's own
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -27,7 +26,7 @@ from shared.plan import StudyPlan
 from shared.secagg import transcript
 from shared.secagg.messages import S1, S2, S3, Abort, Activation, Descriptor, Settlement
 from shared.secagg.session import Session
-from shared.study import Receipt, SignedReceipt, session_of
+from shared.study import EpochTerms, Receipt, SignedReceipt, session_of
 from simulations.audits.checks import demand
 
 
@@ -130,10 +129,9 @@ class History:
 
     def _epoch(self, opened: EpochOpened) -> None:
         demand(opened.plan_sha256.hex() == self.plan.sha256, "it is of another plan")
-        first = session_of(
-            self.plan, opened.run_id, dict(opened.roster), self.parameters, opened.epoch
-        )
-        session = dataclasses.replace(first, first_round=opened.first_round, start=opened.start)
+        members = tuple(sorted(opened.roster))
+        terms = EpochTerms(opened.epoch, members, opened.first_round, opened.start)
+        session = session_of(self.plan, opened.run_id, opened.roster, self.parameters, terms)
         demand(session.hash() == opened.session, "plan and roster give another session")
         if self.sessions:
             demand(opened.run_id == self.session.run_id, "it is of another run")
