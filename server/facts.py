@@ -139,6 +139,16 @@ def dropouts(results: Results) -> list[tuple[int, list[str]]]:
     return [(n, gone) for n, gone in found if gone]
 
 
+def contributor_sets(results: Results) -> list[tuple[tuple[str, ...], int]]:
+    """(distinct set of sites in a sum, how many sums were over it), the most frequent first."""
+    counted: dict[tuple[str, ...], int] = {}
+    for r in rounds(results):
+        inside = tuple(sorted(names(r, "contributors")))
+        if inside and not aborted(r):
+            counted[inside] = counted.get(inside, 0) + 1
+    return sorted(counted.items(), key=lambda entry: (-entry[1], entry[0]))
+
+
 def least_contributors(results: Results) -> int | None:
     """The fewest sites that any sum was taken over; None where no round was completed."""
     sizes = [len(names(r, "contributors")) for r in rounds(results) if not aborted(r)]

@@ -57,13 +57,43 @@ def participation_section(results: Results) -> Html:
     if rows:
         columns = [Column("Round", numeric=False), Column("dropped out", numeric=False)]
         listed = unfold("Dropouts as a table", table("Dropouts by round", columns, rows))
-    return section("participation", "Who took part", paragraph(said), grid, note, listed)
+    sums = _distinct_sums(results, sites)
+    return section("participation", "Who took part", paragraph(said), grid, note, listed, *sums)
+
+
+def _distinct_sums(results: Results, sites: list[str]) -> list[Html]:
+    """The distinct sets of contributors: what a server that chooses dropouts has to work with."""
+    sets = facts.contributor_sets(results)
+    if len(sets) < 2:
+        return []
+    total = sum(count for _, count in sets)
+    said = paragraph(
+        f"{facts.plural(total, 'sum')} were opened, over {len(sets):,} different sets of "
+        "hospitals. Sums over different sets can be held against each other: the more sets, the "
+        "more can be estimated of one hospital's average update. Noise is what bounds that, not "
+        "the encryption.",
+        style="note",
+    )
+    rows = []
+    for inside, count in sets[:MOST_TABLE_ROWS]:
+        without = [site for site in sites if site not in inside]
+        left_out = facts.listing(without, 12) if without else "nobody"
+        rows.append(Row((f"{len(inside):,}", left_out, f"{count:,}")))
+    columns = [Column("Hospitals"), Column("without", numeric=False), Column("sums")]
+    listed = table("Distinct sets of contributors", columns, rows)
+    return [said, unfold(f"The {len(sets):,} sets as a table", listed)]
 
 
 def _participation_words(
     results: Results, gone: list[tuple[int, list[str]]], aborted: list[int]
 ) -> str:
     count, sites = len(facts.rounds(results)), len(facts.site_names(results))
+    there = all(len(facts.names(r, "contributors")) == sites for r in facts.rounds(results))
+    if not gone and not aborted and not there:
+        return (
+            "Nobody dropped out of a round, but not every hospital was in every round: some came "
+            "later, or were not asked."
+        )
     if not gone and not aborted:
         return f"All {sites:,} hospitals contributed to all {facts.plural(count, 'round')}."
     said = f"{facts.plural(sum(len(n) for _, n in gone), 'dropout')} in "

@@ -316,6 +316,31 @@ def test_aborted_rounds_and_dropouts_are_told() -> None:
     assert len(drawn) == lost + 1  # and the legend's sample
 
 
+def test_every_distinct_set_of_contributors_is_listed_with_its_sums() -> None:
+    record = VARIANTS["dropouts"]
+    page = check_page(render(record))
+    sums = [frozenset(r["contributors"]) for r in record["rounds"] if not r["aborted"]]
+    assert len(set(sums)) > 3
+    assert f"{len(sums)} sums were opened, over {len(set(sums))} different sets" in page.text
+    for inside in set(sums):
+        without = [s for s in facts.site_names(record) if s not in inside] or ["nobody"]
+        row = f"{len(inside)} {facts.listing(without, 12)} {sums.count(inside)}"
+        assert row in " ".join(page.text.split())
+    alike = check_page(render(example_results(1, rounds=5)))
+    assert "different sets" not in alike.text
+
+
+def test_a_hospital_that_came_late_is_not_said_to_have_been_in_every_round() -> None:
+    record = example_results(1, sites=4, rounds=5)
+    late = record["cohort"]["sites"][-1]
+    for entry in record["rounds"][:2]:
+        entry["cohort"].remove(late)
+        entry["contributors"].remove(late)
+    text = check_page(render(record)).text
+    assert "contributed to all" not in text
+    assert "some came later" in text
+
+
 def test_the_server_saw_sums_over_no_fewer_than_the_least_round() -> None:
     record = VARIANTS["dropouts"]
     least = min(len(r["contributors"]) for r in record["rounds"] if not r["aborted"])
