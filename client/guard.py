@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from client.data.dataset import PatientDataset
 from client.engines import EngineName
 from client.noise import ChaChaRandom
-from client.training import BuildModel, LocalTrainer, RecordLosses, binary_losses
+from client.training import BuildModel, LocalTrainer
 from shared.config import require
 from shared.errors import SensitivityError
 from shared.models import build_model, input_shape, read_parameters
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
+from shared.tasks import RecordLosses, task_kind
 
 SENSITIVITY_LIMIT = 1 + 1e-4  # times C; the rest is float32 rounding
 DEPENDENCE_LIMIT = 1e-4  # times C
@@ -69,7 +70,7 @@ def check_sensitivity(
     *,
     engine: EngineName = "auto",
     build: BuildModel = build_model,
-    record_losses: RecordLosses = binary_losses,
+    record_losses: RecordLosses | None = None,
     trainer: type[LocalTrainer] = LocalTrainer,
 ) -> GuardReport:
     """Measure the plan's training path; return only if the promise holds.
@@ -190,7 +191,9 @@ def made_up_patients(plan: StudyPlan) -> PatientDataset:
     inputs = np.stack([kind() for kind, count in zip(kinds, counts, strict=True)
                        for _ in range(count)]).astype(np.float32)  # fmt: skip
     patients = np.repeat(np.arange(len(kinds)), counts)
-    labels = (np.arange(len(patients)) % 3 == 0).astype(np.int64)
+    codes = task_kind(plan.task).codes(plan.task)
+    labels = (np.arange(len(patients)) % 3 == 0) + (np.arange(len(patients)) // 3 * 2) % codes
+    labels = np.minimum(labels, codes - 1).astype(np.int64)
     return PatientDataset(inputs, labels, patients, tuple(f"made-up-{i}" for i in range(8)))
 
 

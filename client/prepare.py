@@ -10,13 +10,14 @@ import numpy as np
 
 from client.config import Part, SiteConfig, SiteFolder
 from client.data.dataset import PatientDataset
+from client.data.labels import label_columns, positives
 from client.data.prepared import write_prepared
 from client.data.site_config import read_source
 from client.data.split import split_by_patient
 from client.data.table import ReadingNotes
 from shared.errors import ConfigError
 from shared.files import make_folder
-from shared.plan import StudyPlan
+from shared.plan import StudyPlan, TaskPlan
 
 
 @dataclass(frozen=True)
@@ -26,11 +27,15 @@ class Prepared:
     train: PatientDataset
     test: PatientDataset
     notes: ReadingNotes
+    task: TaskPlan
 
     def lines(self) -> list[str]:
         """The counts as text."""
         parts = (("train", self.train), ("test", self.test))
-        return [*self.notes.lines(), *(f"{name:<6} {_counts(data)}" for name, data in parts)]
+        return [
+            *self.notes.lines(),
+            *(f"{name:<6} {_counts(self.task, data)}" for name, data in parts),
+        ]
 
 
 def prepare(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> Prepared:
@@ -58,7 +63,7 @@ def prepare(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> Prepared
         write_prepared(data, temporary)
         temporary.chmod(0o600)
         temporary.replace(file)
-    return Prepared(train, test, reading.notes)
+    return Prepared(train, test, reading.notes, plan.task)
 
 
 def ensure_prepared(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> Prepared | None:
@@ -68,12 +73,13 @@ def ensure_prepared(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> 
     return prepare(folder, config, plan)
 
 
-def _counts(data: PatientDataset) -> str:
-    positive = sum(int(data.labels[rows].max()) for rows in data.records_of)
-    return (
-        f"{data.patient_count} patients, {positive} with the positive label, "
-        f"{len(data.labels)} records"
-    )
+def _counts(task: TaskPlan, data: PatientDataset) -> str:
+    marked = positives(task, data.labels)
+    label = f"{len(np.unique(data.labels))} different labels"
+    if marked is not None:
+        seen = sum(int(marked[rows].max()) for rows in data.records_of)
+        label = f"{seen} with the {'event' if task.kind == 'survival' else 'positive label'}"
+    return f"{data.patient_count} patients, {label}, {len(data.labels)} records"
 
 
 def suggest(plan: StudyPlan, file: Path, header: tuple[str, ...]) -> str:
@@ -92,7 +98,7 @@ def suggest(plan: StudyPlan, file: Path, header: tuple[str, ...]) -> str:
         "[source.table]",
         'patient = "' + (_guess("patient id mrn", header) or "?") + '"  # privacy is counted by it',
     ]
-    for name in (plan.task.label, *(f.name for f in plan.task.features)):
+    for name in (*label_columns(plan.task), *(f.name for f in plan.task.features)):
         if name in header:
             continue
         guess = _guess(name, header)

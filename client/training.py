@@ -22,7 +22,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional
 
 from client.augment import variants
 from client.clipping import PatientClipper
@@ -35,10 +34,10 @@ from shared.errors import ConfigError, SensitivityError
 from shared.models import build_model, check_model, input_shape, load_parameters, read_parameters
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
+from shared.tasks import RecordLosses, task_kind
+from shared.tasks import record_losses as task_losses
 
 BuildModel = Callable[[StudyPlan], nn.Module]
-RecordLosses = Callable[[Tensor, Tensor], Tensor]
-"""(logits (records,), labels float (records,)) -> one loss a record, shape (records,)."""
 
 _LOG = logging.getLogger("fedward.client")
 
@@ -65,11 +64,6 @@ class RoundResult:
     update: FlatVector
     steps: int
     log: RoundLog
-
-
-def binary_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Each record's own cross entropy, shape (records,)."""
-    return functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
 
 
 class LocalTrainer:
@@ -106,7 +100,7 @@ class LocalTrainer:
         max_physical_records: int | None = None,
         engine: EngineName = "auto",
         build: BuildModel = build_model,
-        record_losses: RecordLosses = binary_losses,
+        record_losses: RecordLosses | None = None,
         measuring: bool = False,
     ) -> None:
         _check_noise(plan, noise_multiplier, measuring)
@@ -124,7 +118,8 @@ class LocalTrainer:
         self.private = plan.privacy.mode != "none"
         self.device = choose_device(device)
         self._measuring = measuring
-        self._record_losses = record_losses
+        self._record_losses = record_losses or task_losses(plan.task)
+        self._outputs = task_kind(plan.task).outputs(plan.task)
         self._divisor = self.public_divisor(site_name)
         self._inputs = torch.from_numpy(np.ascontiguousarray(data.inputs))
         self._labels = torch.from_numpy(data.labels.astype(np.float32))
@@ -259,7 +254,7 @@ class LocalTrainer:
         return flat
 
     def predict(self, parameters: FlatVector, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits of records under the given parameters, float32, shape (records,)."""
+        """Outputs under the given parameters, float32, (records,) or (records, outputs)."""
         load_parameters(self.module, parameters)
         self.module.eval()
         records = torch.from_numpy(np.ascontiguousarray(inputs))
@@ -392,10 +387,11 @@ class LocalTrainer:
     def _losses(self, inputs: Tensor, rows: Tensor) -> Tensor:
         """One loss a record, shape (records,)."""
         logits = (self._engine or self.module)(inputs)
-        if logits.shape != (len(rows),):
+        expected = (len(rows), self._outputs)[: 1 if self._outputs == 1 else 2]
+        if logits.shape != expected:
             raise SensitivityError(
-                f"the model returns logits of shape {tuple(logits.shape)} for {len(rows)} "
-                "records; it must return one logit a record, shape (records,), or the loss "
+                f"the model returns outputs of shape {tuple(logits.shape)} for {len(rows)} "
+                f"records; it must return {self._outputs} a record, shape {expected}, or the loss "
                 "would mix records"
             )
         losses = self._record_losses(logits, self._labels[rows].to(self.device))

@@ -25,7 +25,19 @@ METRICS: Mapping[str, tuple[str, bool]] = {
     "f1": ("F1", True),
     "brier": ("Brier score", False),
     "ece": ("calibration error", False),
+    "c_index": ("concordance index", True),
+    "integrated_brier": ("integrated Brier score", False),
+    "r2": ("R²", True),
+    "mse": ("mean squared error", False),
+    "mae": ("mean absolute error", False),
 }
+
+
+def limits(metric: str) -> tuple[float | None, float | None]:
+    """Least and greatest value that a metric can have at all."""
+    return {"r2": (None, 1.0), "mse": (0.0, None), "mae": (0.0, None)}.get(metric, (0.0, 1.0))
+
+
 BASELINES: Mapping[str, str] = {
     "pooled": "Pooled data, no privacy",
     "pooled_dp": "Pooled data, private",

@@ -24,8 +24,11 @@ from server.report_parts import (
 )
 
 MOST_OPEN_ROWS = 24
-_COMPARED = ("auroc", "balanced_accuracy", "recall", "f1")
-_DRAWN = ("auroc", "accuracy", "balanced_accuracy", "recall", "f1", "brier", "ece")
+_COMPARED = ("auroc", "balanced_accuracy", "recall", "f1", "c_index", "integrated_brier", "r2")
+_DRAWN = (
+    *("auroc", "accuracy", "balanced_accuracy", "recall", "f1", "brier", "ece"),
+    *("c_index", "integrated_brier", "r2", "mae"),
+)
 
 
 def result_section(results: Results) -> Html:
@@ -107,7 +110,7 @@ def _main_curve(results: Results, metric: str) -> Html | None:
     )
     if levels:
         alt += " For comparison: " + "; ".join(v.name for v in levels) + "."
-    limits = (0.0, 1.0)
+    limits = facts.limits(metric)
     wide = line_chart(alt, [line], levels, width=860, height=300, x_label="round", limits=limits)
     narrow = line_chart(
         alt, [line], levels, width=400, height=240, x_label="round", limits=limits, labels=False
@@ -146,7 +149,7 @@ def _other_curves(results: Results, main: str) -> Html | None:
             width=290,
             height=170,
             x_label="round",
-            limits=(0.0, 1.0),
+            limits=facts.limits(metric),
             labels=False,
         )
         title = f"{name[0].upper()}{name[1:]}{'' if better_high else ' ↓'}"

@@ -19,12 +19,14 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
+from shared import outcomes
 from shared.distributed import SMOOTHING, WRAP_DEVIATIONS
 from shared.errors import ConfigError
 from shared.metrics import Reading, read_binary, score_histogram
 from shared.plan import StudyPlan
 from shared.privacy import count_noise_multiplier
 from shared.statistics import Records, count_features, feature_cells, read_features
+from shared.tasks import VALUE_STEPS
 
 Units = NDArray[np.int64]
 
@@ -86,12 +88,61 @@ def _read_features(plan: StudyPlan, counts: NDArray[np.float64], deviation: floa
     return Reading({}, {}, read_features(plan, counts, deviation))
 
 
+def _count_classes(plan: StudyPlan, records: Records, unit: int) -> Units:
+    weights = record_weights(records.owners, unit)
+    classes, bins = len(plan.task.classes), plan.evaluation.bins
+    return outcomes.count_classes(records.outputs, records.labels, weights, classes, bins)
+
+
+def _count_values(plan: StudyPlan, records: Records, unit: int) -> Units:
+    weights = record_weights(records.owners, unit)
+    values = records.labels.astype(np.float64) * (2.0 / VALUE_STEPS) - 1.0
+    return outcomes.count_values(records.outputs, values, weights, records.owners)
+
+
+def _half_range(plan: StudyPlan) -> float:
+    return ((plan.task.maximum or 0.0) - (plan.task.minimum or 0.0)) / 2
+
+
+def _count_survival(plan: StudyPlan, records: Records, unit: int) -> Units:
+    weights = record_weights(records.owners, unit)
+    return outcomes.count_survival(records.outputs, records.labels, weights, plan.evaluation.bins)
+
+
+def _lengths(plan: StudyPlan) -> NDArray[np.float64]:
+    return np.diff(np.array([0.0, *plan.task.intervals]))
+
+
 COUNTS: dict[str, CountKind] = {
     "statistics": CountKind(
         cells=lambda plan: feature_cells(plan).cells,
         blocks=lambda plan: feature_cells(plan).blocks,
         count=_count_features,
         read=_read_features,
+    ),
+    "multiclass": CountKind(
+        cells=lambda plan: outcomes.class_cells(len(plan.task.classes), plan.evaluation.bins),
+        blocks=lambda plan: len(plan.task.classes) + 1,
+        count=_count_classes,
+        read=lambda plan, counts, deviation: Reading(
+            outcomes.read_classes(counts, len(plan.task.classes), plan.evaluation.bins)
+        ),
+    ),
+    "regression": CountKind(
+        cells=lambda plan: outcomes.VALUE_CELLS,
+        blocks=lambda plan: outcomes.VALUE_CELLS,
+        count=_count_values,
+        read=lambda plan, counts, deviation: Reading(
+            outcomes.read_values(counts, _half_range(plan))
+        ),
+    ),
+    "survival": CountKind(
+        cells=lambda plan: outcomes.survival_cells(len(plan.task.intervals), plan.evaluation.bins),
+        blocks=lambda plan: len(plan.task.intervals),
+        count=_count_survival,
+        read=lambda plan, counts, deviation: Reading(
+            outcomes.read_survival(counts, _lengths(plan), plan.evaluation.bins)
+        ),
     ),
     "binary": CountKind(
         cells=lambda plan: 2 * plan.evaluation.bins,

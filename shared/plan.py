@@ -8,6 +8,7 @@ code: a site runs the version of Fedward that it installed itself.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -118,11 +119,27 @@ class TaskPlan:
     """What is learnt, from which inputs: a table's features, or an image.
 
     Kind "statistics" learns nothing: the features and the label are counted, once.
+
+    Attributes:
+        label: The column that is predicted; for survival, whether the event was seen.
+        positive: The label's text of the positive class, or of a seen event.
+        kind: See shared/tasks.py.
+        classes: Multi-class: the label's texts.
+        minimum: Regression: the label's public plausible range begins here,
+        maximum: and ends here.
+        time: Survival: the column with the time of follow-up.
+        intervals: Survival: where the intervals of the public time grid end, in that column's
+            unit; the first begins at 0.
     """
 
     label: str
     positive: str = "1"
-    kind: Literal["binary", "statistics"] = "binary"
+    kind: Literal["binary", "multiclass", "regression", "survival", "statistics"] = "binary"
+    classes: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    time: str = ""
+    intervals: tuple[float, ...] = ()
     features: tuple[FeaturePlan, ...] = ()
     image: ImagePlan | None = None
     encoding: Literal["one-hot", "drop-first"] = "one-hot"
@@ -145,6 +162,37 @@ class TaskPlan:
                 f"feature {''.join(hidden[:1])!r}: missing = 'midpoint' would count missing "
                 "values as measured ones; use 'indicator' or 'refuse' with kind 'statistics'",
             )
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """What each kind needs, and no other kind may have."""
+        needs = {
+            "classes": ("multiclass", bool(self.classes)),
+            "minimum": ("regression", self.minimum is not None),
+            "maximum": ("regression", self.maximum is not None),
+            "time": ("survival", bool(self.time)),
+            "intervals": ("survival", bool(self.intervals)),
+        }
+        for name, (kind, given) in needs.items():
+            wanted = self.kind == kind
+            require(
+                given == wanted,
+                f"kind {self.kind!r} {'needs' if wanted else 'has no'} {name}",
+            )
+        require(
+            not self.classes or len(set(self.classes)) == len(self.classes) >= 3,
+            "classes must be at least three different texts; for two take kind 'binary'",
+        )
+        require(len(self.classes) <= 256, f"{len(self.classes)} classes; at most 256")
+        if self.minimum is not None and self.maximum is not None:
+            require(self.minimum < self.maximum, "the label's minimum is not below its maximum")
+        edges = (0.0, *self.intervals)
+        require(
+            all(a < b for a, b in itertools.pairwise(edges)) and len(edges) <= 129,
+            "intervals must rise from above 0, and be at most 128",
+        )
+        names = [f.name for f in self.features]
+        require(self.time not in (*names, self.label), f"time {self.time!r} is named twice")
 
 
 @dataclass(frozen=True)

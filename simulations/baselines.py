@@ -15,8 +15,8 @@ import numpy as np
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
-from shared.counts import EXACT_UNIT, Units, count_kind, record_weights
-from shared.metrics import binary_metrics, score_histogram
+from shared.counts import EXACT_UNIT, Units, count_kind
+from shared.errors import ConfigError
 from shared.models import initial_parameters
 from shared.parameters import FlatVector
 from shared.plan import EvaluationPlan, PrivacyPlan, SitePlan, StudyPlan
@@ -79,8 +79,7 @@ def _local(
 
 
 def _without_privacy(plan: StudyPlan) -> StudyPlan:
-    evaluation = EvaluationPlan(release="exact", bins=exact_bins(plan))
-    return replace(plan, privacy=PrivacyPlan(mode="none"), evaluation=evaluation)
+    return _exactly(plan, exact_bins(plan))
 
 
 def _train(
@@ -111,21 +110,24 @@ def exact_bins(plan: StudyPlan) -> int:
 def evaluate(
     plan: StudyPlan, model: FlatVector, test: PatientDataset, device: str
 ) -> dict[str, float]:
-    """Exact metrics of a model on test patients, from the histograms that a study sums."""
-    counts = exact_counts(plan, model, test, device, exact_bins(plan))
-    metrics = binary_metrics(counts / EXACT_UNIT)
-    metrics.pop("count")
+    """Exact metrics of a model on test patients, from the counts that a study sums."""
+    bins = exact_bins(plan)
+    counts = exact_counts(plan, model, test, device, bins) / EXACT_UNIT
+    metrics = count_kind(plan).read(_exactly(plan, bins), counts, 0.0).metrics
+    if not metrics.pop("count") > 0:
+        raise ConfigError("no test patient was counted; give at least one site a test part")
     return metrics
 
 
 def exact_counts(
     plan: StudyPlan, model: FlatVector, test: PatientDataset, device: str, bins: int
 ) -> Units:
-    """The score histogram of test patients, in units of 1 / EXACT_UNIT patients."""
-    trainer = LocalTrainer(_without_privacy(plan), plan.cohort.names[0], test, None, device=device)
-    logits = trainer.predict(model, test.inputs)
-    weights = record_weights(test.patients, EXACT_UNIT)
-    return score_histogram(logits, test.labels, bins, weights)
+    """The counts of test patients, in units of 1 / EXACT_UNIT patients."""
+    plan = _exactly(plan, bins)
+    trainer = LocalTrainer(plan, plan.cohort.names[0], test, None, device=device)
+    outputs = trainer.predict(model, test.inputs)
+    records = Records(test.patients, test.labels, test.inputs, outputs)
+    return count_kind(plan).count(plan, records, EXACT_UNIT)
 
 
 def exact_statistics(plan: StudyPlan, parts: Sequence[PatientDataset]) -> list[dict[str, Any]]:
@@ -136,3 +138,8 @@ def exact_statistics(plan: StudyPlan, parts: Sequence[PatientDataset]) -> list[d
         for p in parts
     )
     return list(kind.read(plan, np.asarray(counts) / EXACT_UNIT, 0.0).features)
+
+
+def _exactly(plan: StudyPlan, bins: int) -> StudyPlan:
+    exact = EvaluationPlan(release="exact", bins=bins)
+    return replace(plan, privacy=PrivacyPlan(mode="none"), evaluation=exact)

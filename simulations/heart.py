@@ -1,7 +1,7 @@
 """The UCI heart-disease data of four real hospitals, prepared as FLamby does.
 
 Kept are the ten columns that all hospitals measured; rows that lack one are left out; disease is
-`num` above 0. The split is FLamby's published one.
+`num` above 0, or `num` itself in a task with classes. The split is FLamby's published one.
 
 Sources: Janosi, Steinbrunn, Pfisterer, Detrano, "Heart Disease", UCI Machine Learning Repository,
 1988, DOI 10.24432/C52P4X; Ogier du Terrail et al., "FLamby", NeurIPS 2022 Datasets and Benchmarks,
@@ -10,6 +10,7 @@ appendix on Fed-Heart-Disease.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ from numpy.typing import NDArray
 
 from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
-from client.data.table import ColumnMapping, TableMapping, read_table
+from client.data.mapping import ColumnMapping, TableMapping
+from client.data.table import read_table
 from shared.config import require
 from shared.plan import TaskPlan
 
@@ -33,6 +35,7 @@ _MAPPING = TableMapping(
     drop_incomplete=True,
     columns=(ColumnMapping("num", values=(("2", "1"), ("3", "1"), ("4", "1"))),),
 )
+_SEVERITY = replace(_MAPPING, columns=())
 
 
 def check_folder(folder: str) -> Path:
@@ -64,7 +67,8 @@ def read_hospital(folder: Path, name: str, task: TaskPlan) -> PatientDataset:
         f"source 'heart' has no hospital {name!r}; the plan's sites must be of: "
         f"{', '.join(HOSPITALS)}.",
     )
-    return read_table(folder / f"processed.{name}.data", _MAPPING, task).data
+    mapping = _SEVERITY if task.kind == "multiclass" else _MAPPING
+    return read_table(folder / f"processed.{name}.data", mapping, task).data
 
 
 def official_split(
@@ -100,12 +104,12 @@ def official_split(
 def _drawn_split(data: PatientDataset) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     from sklearn.model_selection import train_test_split  # noqa: PLC0415  a second to import
 
-    counts = np.bincount(data.labels, minlength=2)
+    counts = np.bincount(np.minimum(data.labels, 1), minlength=2)
     train, test = train_test_split(
         np.arange(len(data.labels)),
         test_size=1.0 - 0.66,
         train_size=0.66,
         random_state=43,
-        stratify=data.labels if counts.min() > 2 else None,
+        stratify=np.minimum(data.labels, 1) if counts.min() > 2 else None,
     )
     return np.sort(train), np.sort(test)

@@ -1,9 +1,10 @@
 """The simulated hospitals: a plan's sites with the patients that a scenario gives them.
 
-Sources: "breast-cancer" (scikit-learn's Wisconsin data, dealt out to unequal, unlike hospitals),
-"nodules" (drawn images, simulations/nodules.py), "heart" (the four UCI hospitals, from their
-original files), "npz" (a MedMNIST file, dealt out), "csv" and "image-folder" (one file or folder
-per site). Everything is a function of the scenario and its seed.
+Sources: "breast-cancer" and "diabetes" (scikit-learn's data, dealt out to unequal, unlike
+hospitals), "nodules" (drawn images, simulations/nodules.py), "heart" (the four UCI hospitals, from
+their original files), "tcga-brca" (survival in six regions), "npz" (a MedMNIST file, dealt out),
+"table" (one file with a column for the hospital), "csv" and "image-folder" (one file or folder per
+site). Everything is a function of the scenario and its seed.
 """
 
 from __future__ import annotations
@@ -14,8 +15,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
 from client.data.images import read_image_folder
+from client.data.labels import read_labels
+from client.data.mapping import TableMapping
 from client.data.npz import read_npz
 from client.data.split import split_by_patient
 from client.data.table import read_table
@@ -23,9 +27,11 @@ from shared.config import require
 from shared.errors import ConfigError
 from shared.features import encode, fit_zscore, image_inputs
 from shared.plan import StudyPlan
-from simulations import heart
+from simulations import heart, tcga
 from simulations.nodules import SITES, draw_nodules
 from simulations.scenario import SimulationConfig
+
+_ROW_PER_PATIENT = TableMapping(one_row_per_patient=True)
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,27 @@ def _breast_cancer(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospi
     return _split_each(_deal(data, size, simulation, plan), simulation, plan)
 
 
+def _diabetes(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    from sklearn.datasets import load_diabetes  # noqa: PLC0415  a second to import
+
+    source = load_diabetes(scaled=False)
+    names = list(source.feature_names)
+    odd = [f.name for f in plan.task.features if f.name not in names]
+    require(
+        bool(plan.task.features) and not odd and plan.task.kind == "regression",
+        f"the diabetes source has no feature {', '.join(map(repr, odd)) or '(image)'}, and its "
+        "label is a number. See simulations/scenarios/diabetes.toml.",
+    )
+    columns = {f.name: source.data[:, names.index(f.name)] for f in plan.task.features}
+    texts = [repr(float(value)) for value in source.target]
+    path = Path("the diabetes source")
+    labels = read_labels(path, {plan.task.label: texts}, plan.task, _ROW_PER_PATIENT)
+    ids = tuple(f"diabetes-{row + 1}" for row in range(len(texts)))
+    data = PatientDataset(encode(plan.task, columns, str(path)), labels, np.arange(len(ids)), ids)
+    age = source.data[:, names.index("age")]
+    return _split_each(_deal(data, age, simulation, plan), simulation, plan)
+
+
 def _deal(
     data: PatientDataset,
     score: NDArray[np.float64],
@@ -158,6 +185,36 @@ def _npz(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
     test = read_npz(path, plan.task, "test").data
     tests = _deal(test, test.labels.astype(np.float64), simulation, plan)
     return tuple(map(Hospital, (site.name for site in plan.cohort.sites), dealt, tests))
+
+
+def _tcga_brca(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    folder = Path(simulation.folder)
+    hospitals = []
+    for number, (name, data, is_test) in enumerate(tcga.read_regions(folder, plan)):
+        if simulation.split == "official":
+            parts = (data.select(np.flatnonzero(part)) for part in (~is_test, is_test))
+            hospitals.append(Hospital(name, *parts))
+        else:
+            hospitals.append(_split(name, data, simulation, number))
+    return tuple(hospitals)
+
+
+def _table(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
+    """One file for all: each hospital reads the rows that are its own."""
+    folder = _folder(simulation, "the folder with the table, and its name in simulation.file")
+    require(bool(simulation.site_column), "source 'table' needs simulation.site_column")
+    path, mapping = folder / simulation.file, simulation.table
+    of = dict(pair for pair in simulation.site_values if len(pair) == 2)
+    sites = read_columns(path, [simulation.site_column], delimiter=mapping.delimiter)
+    named = [of.get(text, text) for text in sites[simulation.site_column]]
+    whole = read_table(path, replace(mapping, drop_incomplete=False), plan.task).data
+    hospitals = []
+    for number, site in enumerate(plan.cohort.sites):
+        rows = np.flatnonzero(np.array([name == site.name for name in named]))
+        own = np.unique(whole.patients[rows])
+        require(len(own) > 0, f"{path}: no row is of site {site.name!r}; see site_values.")
+        hospitals.append(_split(site.name, whole.select(own), simulation, number))
+    return tuple(hospitals)
 
 
 def _csv(simulation: SimulationConfig, plan: StudyPlan) -> tuple[Hospital, ...]:
@@ -229,6 +286,9 @@ _SOURCES = {
     "breast-cancer": _breast_cancer,
     "nodules": _nodules,
     "heart": _heart,
+    "diabetes": _diabetes,
+    "tcga-brca": _tcga_brca,
+    "table": _table,
     "npz": _npz,
     "csv": _csv,
     "image-folder": _image_folder,

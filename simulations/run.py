@@ -17,6 +17,7 @@ import torch
 from client.app import forget_sites
 from client.config import SiteFolder
 from client.data.dataset import PatientDataset, joined
+from client.data.labels import positives
 from client.evidence import export_run
 from client.run import check_once
 from client.training import choose_device
@@ -288,6 +289,15 @@ _ORIGINS = {
     "nodules": _Origin("Drawn chest-like images, synthetic: no patient was photographed", "none"),
     "heart": _Origin("UCI heart disease, four real hospitals", "CC BY 4.0"),
     "npz": _Origin("MedMNIST-format file", _UNKNOWN),
+    "diabetes": _Origin(
+        "Disease progression of 442 real patients with diabetes (Efron et al. 2004, shipped with "
+        "scikit-learn)",
+        "public domain",
+    ),
+    "table": _Origin("One table with a column that says which hospital a row is of", _UNKNOWN),
+    "tcga-brca": _Origin(
+        "TCGA-BRCA, overall survival with breast cancer in six regions", "GDC open access"
+    ),
     "csv": _Origin("The user's own tables", _UNKNOWN),
     "image-folder": _Origin("The user's own images", _UNKNOWN),
 }
@@ -317,8 +327,10 @@ def _per_site(run: PreparedRun, parameters: FlatVector) -> dict[str, dict[str, f
         table[hospital.name] = metrics | {
             "train_patients": hospital.train.patient_count,
             "test_patients": hospital.test.patient_count,
-            "positives": int(hospital.test.labels.sum()),
         }
+        marked = positives(run.plan.task, hospital.test.labels)
+        if marked is not None:
+            table[hospital.name]["positives"] = int(marked.sum())
     return table
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from client.data.images import ImageMapping
-from client.data.table import TableMapping
+from client.data.mapping import TableMapping
 from shared.config import parse, read_toml, require
 from shared.errors import ConfigError
 from shared.plan import StudyPlan
@@ -34,22 +34,36 @@ class SimulationConfig:
         title: One line for `fedward-sim list`.
         source: See simulations/hospitals.py.
         folder: Where the data lies, for sources that are not built in.
-        file: The file in `folder`, for source "npz".
+        file: The file in `folder`, for sources "npz" and "table".
+        site_column: For source "table": the column that says which hospital a row is of.
+        site_values: Pairs [text in that column, site of the plan].
         seed: Of the split, of drawn data, and of the simulated hospitals' randomness.
         split: "official" keeps a source's published train and test parts; "random" draws them
             anew from the seed.
         test_fraction: Share of each hospital's patients kept for testing in a random split.
         site_sizes: Patients of each site in the plan's order: how many are drawn ("nodules"), or
-            in which proportion one source is dealt out ("breast-cancer", "npz").
+            in which proportion one source is dealt out ("breast-cancer", "diabetes", "npz").
         skew: How unlike the hospitals are where one source is dealt out: 0 alike, 1 sorted.
-        table: Mapping of the hospitals' files, for source "csv".
+        table: Mapping of the hospitals' files, for sources "csv" and "table".
         images: Mapping of the hospitals' folders, for source "image-folder".
     """
 
     title: str
-    source: Literal["breast-cancer", "nodules", "heart", "npz", "csv", "image-folder"]
+    source: Literal[
+        "breast-cancer",
+        "diabetes",
+        "nodules",
+        "heart",
+        "tcga-brca",
+        "npz",
+        "table",
+        "csv",
+        "image-folder",
+    ]
     folder: str = ""
     file: str = ""
+    site_column: str = ""
+    site_values: tuple[tuple[str, ...], ...] = ()
     seed: int = 1
     split: Literal["official", "random"] = "random"
     test_fraction: float = 0.25

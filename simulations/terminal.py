@@ -138,7 +138,7 @@ class Progress:
 
     def _line(self, done: int, metrics: Mapping[str, Any], epsilon: float | None) -> str:
         parts = [f"round {done:>{len(str(self._rounds))}}/{self._rounds}"]
-        for name in ("accuracy", "auroc"):
+        for name in ("accuracy", "r2", "c_index", "auroc"):
             if (value := number(metrics, name)) is not None:
                 self._tested = f"{facts.METRICS[name][0]} {value:.3f}"
         if self._tested:
@@ -230,6 +230,11 @@ _SHOWN = {
     "recall": "recall",
     "f1": "F1",
     "brier": "Brier",
+    "c_index": "C-index",
+    "integrated_brier": "int.Brier",
+    "r2": "R2",
+    "mse": "MSE",
+    "mae": "MAE",
 }
 
 
@@ -273,6 +278,8 @@ def _statistics(results: Results) -> str:
 
 def _sites(results: Results) -> str:
     sites, rounds = facts.site_names(results), facts.rounds(results)
+    entries = [facts.get(results, "final", "per_site", site) for site in sites]
+    shown = [m for m in _SHOWN if any(number(e, m) is not None for e in entries)][:2]
     rows = []
     for site in sites:
         spent = number(results, "privacy", "sites", site, "epsilon")
@@ -283,24 +290,23 @@ def _sites(results: Results) -> str:
                 site,
                 facts.whole(number(entry, "train_patients")),
                 facts.whole(number(entry, "test_patients")),
-                amount(number(entry, "auroc"), 3),
-                amount(number(entry, "accuracy"), 3),
+                *(amount(number(entry, name), 3) for name in shown),
                 spent_amount(spent) if facts.is_private(results) else "none",
                 f"{given}/{len(rounds)}",
             ]
         )
-    heads = ["hospital", "train", "test", "AUROC", "acc.", "epsilon", "rounds"]
+    heads = ["hospital", "train", "test", *(_SHOWN[name] for name in shown), "epsilon", "rounds"]
     if facts.features(results):
         heads, rows = ["hospital", "patients", "epsilon"], _counted_sites(results, sites)
-    shown = _table(heads, rows[:MOST_SITES])
+    table = _table(heads, rows[:MOST_SITES])
     if len(rows) > MOST_SITES:
-        shown += f"\n... and {len(rows) - MOST_SITES} more hospitals, in the report"
+        table += f"\n... and {len(rows) - MOST_SITES} more hospitals, in the report"
     metric = facts.main_metric(results)
     better = facts.better_alone(results, metric) if metric else None
     if better:
         named = facts.listing([b.site for b in better], 4)
-        shown += "\n" + _wrap(f"Better alone, without privacy: {_tidy(named)}.")
-    return shown if rows else ""
+        table += "\n" + _wrap(f"Better alone, without privacy: {_tidy(named)}.")
+    return table if rows else ""
 
 
 def _counted_sites(results: Results, sites: list[str]) -> list[list[str]]:

@@ -17,10 +17,11 @@ from training_cases import DIVISOR, KEY, clipped_sum, make_data, make_plan, pati
 from client.clipping import HookedGradients, RecordGradients
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom
-from client.training import LocalTrainer, binary_losses, physical_batches
+from client.training import LocalTrainer, physical_batches
 from shared.errors import SensitivityError
 from shared.models import initial_parameters, load_parameters
 from shared.plan import StudyPlan
+from shared.tasks import binary_losses
 
 # --- the sum before noise -------------------------------------------------------------------
 
@@ -229,7 +230,7 @@ class OneRowForAll(nn.Module):
         (Unused, "Use every parameter once"),
         (OneRowForAll, "Use every parameter once"),
         (Flattened, "keep the records as the first dimension"),
-        (Column, r"logits of shape \(\d+, 1\)"),
+        (Column, r"outputs of shape \(\d+, 1\)"),
     ],
 )
 def test_models_whose_gradients_are_not_per_record_are_refused(

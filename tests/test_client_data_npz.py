@@ -54,7 +54,7 @@ def test_flat_labels_and_the_positive_class(tmp_path: Path) -> None:
     ("arrays", "match"),
     [
         ({"train_images": np.zeros((4, 64, 64), np.uint8)}, r"\(64, 64\); the plan needs 28 x 28"),
-        ({"train_images": np.zeros((4, 784), np.uint8)}, "3 or 4 dimensions"),
+        ({"train_images": np.zeros((4, 784), np.uint8)}, "3 or 4 or 5 dimensions"),
         ({"train_images": np.full((4, 28, 28), "x")}, "unsigned or real numbers"),
         ({"train_labels": np.zeros((4, 14), np.uint8)}, "one label each"),
         ({"train_labels": np.zeros((3, 1), np.uint8)}, "one label each"),

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from client.data.table import ColumnMapping, TableMapping, read_table
+from client.data.mapping import ColumnMapping, TableMapping
+from client.data.table import read_table
 from shared.errors import ConfigError
 from shared.plan import FeaturePlan, TaskPlan
 
@@ -87,9 +88,9 @@ def test_parquet_reads_as_csv_does(tmp_path: Path) -> None:
 
 
 def test_values_outside_the_range_are_clamped_and_counted(tmp_path: Path) -> None:
-    text = HEADER + "a,130,f,100,1\nb,-5,m,300,0\n"
+    text = HEADER + "a,130,f,100,1\nb,-5,m,300,0\nc,50,f,100,1\nd,50,m,100,0\n"
     reading = read_table(written(tmp_path, text), MAPPING, TASK)
-    assert reading.data.inputs[:, 0].tolist() == [1, -1]
+    assert reading.data.inputs[:2, 0].tolist() == [1, -1]
     assert reading.notes.clamped == {"age": 2, "crp": 1}
     assert "age: 2 values outside the plan's plausible range were clamped" in reading.notes.lines()
 

@@ -13,17 +13,18 @@ from opacus import PrivacyEngine
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn import functional
-from training_cases import make_data, make_plan
+from training_cases import make_data, make_plan, model_plan
 
 import client.clipping
 from client.clipping import PatientClipper
 from client.data.dataset import PatientDataset
 from client.guard import Measurement, check_sensitivity, leave_one_out, made_up_patients
 from client.noise import ChaChaRandom
-from client.training import LocalTrainer, binary_losses
+from client.training import LocalTrainer
 from shared.errors import ConfigError, SensitivityError
 from shared.models import BUILDERS, load_parameters, starting_point
 from shared.parameters import FlatVector
+from shared.tasks import binary_losses
 
 BREACH = "leaving one patient out|with who else is in the batch"
 
@@ -32,10 +33,9 @@ BREACH = "leaving one patient out|with who else is in the batch"
 
 
 @pytest.mark.parametrize("clip", [1e-3, 1e3])
-@pytest.mark.parametrize("name", sorted(BUILDERS))
+@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"none"}))
 def test_every_shipped_model_passes_at_any_clip_norm(name: str, clip: float) -> None:
-    image = 12 if name in ("cnn", "resnet18") else None
-    plan = make_plan(name, image=image, model={"width": 4}, privacy={"clip_norm": clip})
+    plan = model_plan(name, model={"width": 4}, privacy={"clip_norm": clip})
     report = check_sensitivity(plan, "cpu")
     assert 0.5 < report.sensitivity <= 1 + 1e-4
     assert report.dependence <= 1e-4

@@ -11,12 +11,13 @@ from training_cases import DIVISOR, KEY, clipped_sum, make_data, make_plan, pati
 
 from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom, simulation_key
-from client.training import LocalTrainer, binary_losses, choose_device
+from client.training import LocalTrainer, choose_device
 from shared.errors import ConfigError
 from shared.models import build_model, initial_parameters, load_parameters
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import noise_multiplier_of
+from shared.tasks import binary_losses
 
 # --- noise, divisor, sampling ---------------------------------------------------------------
 

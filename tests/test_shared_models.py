@@ -155,7 +155,7 @@ def test_input_width_counts_encoded_columns() -> None:
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (make_plan("alexnet"), "unknown model 'alexnet'.*cnn, cnn3d, logistic, mlp"),
+        (make_plan("alexnet"), "unknown model 'alexnet'.*cnn, cnn3d, cox"),
         (make_plan("cnn"), "needs an image"),
         (make_plan("resnet18"), "needs an image"),
         (make_plan("mlp", image=16), "needs a table"),

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from client.data.table import ColumnMapping, TableMapping
+from client.data.mapping import ColumnMapping, TableMapping
 from shared.errors import ConfigError
 from shared.features import column_names
 from shared.plan import FeaturePlan, ImagePlan

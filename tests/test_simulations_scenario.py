@@ -18,11 +18,14 @@ NAMES = (
     "breast_cancer_16",
     "breast_cancer_32",
     "breastmnist",
+    "diabetes",
     "heart",
     "heart_flamby_fedadam",
     "heart_flamby_fedavg",
+    "heart_severity",
     "nodules",
     "statistics",
+    "tcga_brca",
 )
 NOISED = ("as_approved", "statistics")
 """What real hospitals could approve as it stands; these have tests of their own."""
@@ -49,6 +52,7 @@ def test_bundled_scenarios_keep_the_common_promises(name: str) -> None:
     assert plan.name == name.replace("_", "-")
     assert plan.privacy.mode == ("none" if "flamby" in name else "local")
     many = {"breast_cancer_16": (16, 13, 1), "breast_cancer_32": (32, 26, 1)}
+    many["tcga_brca"] = (6, 5, 1)
     cohort = (len(plan.cohort.sites), plan.cohort.threshold, plan.cohort.colluders)
     assert cohort == many.get(name, (4, 3, 1))
     assert plan.evaluation.release == "exact"

@@ -14,6 +14,7 @@ from client.training import LocalTrainer
 from shared.models import build_model, initial_parameters, input_shape, load_parameters
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan, from_table
+from shared.tasks import task_kind
 
 KEY = bytes(range(32))
 DIVISOR = 0.5 * 20  # sample_rate times expected_patients of make_plan
@@ -28,7 +29,7 @@ def make_plan(
     **sections: Any,
 ) -> StudyPlan:
     """A four-site study of model `name`; sections override keys: training={"local_steps": 3}."""
-    task: dict[str, Any] = {"label": "y"}
+    task: dict[str, Any] = {"label": "y"} | sections.pop("task", {})
     if image is None:
         task["features"] = [
             {"name": f"f{i}", "minimum": -1.0, "maximum": 1.0} for i in range(features)
@@ -55,15 +56,35 @@ def make_plan(
     return from_table(table | sections, "test")
 
 
+KINDS: dict[str, dict[str, Any]] = {
+    "binary": {},
+    "multiclass": {"classes": ["none", "mild", "severe"]},
+    "regression": {"minimum": 0.0, "maximum": 50.0},
+    "survival": {"time": "days", "intervals": [30.0, 90.0, 365.0, 1000.0]},
+}
+_MODEL_KINDS = {"linear": "regression", "cox": "survival"}
+
+
+def model_plan(name: str, kind: str = "", **sections: Any) -> StudyPlan:
+    """A plan for any shipped model, with inputs it takes and the kind of task it is for."""
+    flat, volume = ("cnn", "resnet18", "pooled-linear"), ("cnn3d",)
+    kind = kind or _MODEL_KINDS.get(name, "binary")
+    image = 12 if name in (*flat, *volume) else None
+    depth = 8 if name in volume else 0
+    task = {"kind": kind} | KINDS[kind]
+    return make_plan(name, image=image, depth=depth, task=task, **sections)
+
+
 def make_data(
     plan: StudyPlan, patients: int = 20, records_each: int | list[int] = 1, seed: int = 0
 ) -> PatientDataset:
-    """Patients with uniform inputs in [-1, 1] and random labels."""
+    """Patients with uniform inputs in [-1, 1] and random labels of the task."""
     rng = np.random.default_rng(seed)
     counts = [records_each] * patients if isinstance(records_each, int) else records_each
     owners = np.repeat(np.arange(len(counts)), counts).astype(np.int64)
     inputs = rng.uniform(-1, 1, (len(owners), *input_shape(plan))).astype(np.float32)
-    labels = rng.integers(0, 2, len(owners)).astype(np.int64)
+    codes = task_kind(plan.task).codes(plan.task)
+    labels = rng.integers(0, codes, len(owners)).astype(np.int64)
     return PatientDataset(inputs, labels, owners, tuple(f"p{i}" for i in range(len(counts))))
 
 

@@ -16,14 +16,12 @@ from PIL import Image
 
 from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
+from client.data.labels import read_labels, refuse_unusable_labels
+from client.data.mapping import ColumnMapping, TableMapping
 from client.data.table import (
-    ColumnMapping,
     Reading,
     ReadingNotes,
-    TableMapping,
     group_patients,
-    read_labels,
-    refuse_unusable_labels,
 )
 from shared.config import require
 from shared.errors import ConfigError
@@ -87,8 +85,8 @@ def read_image_folder(folder: Path, mapping: ImageMapping, task: TaskPlan) -> Re
     listing = _from_table(folder, table, mapping) if table.is_file() else _by_class(folder, mapping)
     require(bool(listing.files), f"{listed} lists no images. Supported: {', '.join(FORMATS)}.")
     as_table = _as_table(mapping, task)
-    labels = read_labels(listed, listing.labels, mapping.label, task, as_table)
-    refuse_unusable_labels(listed, mapping.label, labels, mapping.allow_one_class)
+    labels = read_labels(listed, {task.label: listing.labels}, task, as_table)
+    refuse_unusable_labels(listed, mapping.label, labels, task, mapping.allow_one_class)
     pixels = [
         _pixels(file, task.image, mapping.resize, f"{listed}: {listing.entry} {number}")
         for number, file in enumerate(listing.files, start=1)

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from client.data.dataset import PatientDataset
-from client.data.table import Reading, ReadingNotes, refuse_unusable_labels
+from client.data.labels import class_of, refuse_unusable_labels
+from client.data.table import Reading, ReadingNotes
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import image_inputs
@@ -47,19 +48,24 @@ def read_npz(path: Path, task: TaskPlan, part: Part = "train") -> Reading:
         f"{len(images)} images; one label each is needed. Give a file with one binary label.",
     )
     require(len(labels) > 0, f"{path}: part {part!r} has no images. Choose another file.")
+    if task.kind == "binary":
+        require(
+            len(np.unique(labels)) <= 2,
+            f"{path}: array '{part}_labels' has {len(np.unique(labels))} classes; the task is "
+            "binary. Give a file with two classes, or a task of kind 'multiclass'.",
+        )
     require(
-        len(np.unique(labels)) <= 2,
-        f"{path}: array '{part}_labels' has {len(np.unique(labels))} classes; the task is binary. "
-        "Give a file with two classes.",
+        task.kind in ("binary", "multiclass"),
+        f"{path} holds classes, and the plan's task is of kind {task.kind!r}.",
     )
-    binary = (labels.astype(str) == task.positive).astype(np.int64)
-    refuse_unusable_labels(path, f"{part}_labels", binary, allow_one_class=False)
+    codes = np.array([class_of(task, text) for text in labels.astype(str)], dtype=np.int64)
+    refuse_unusable_labels(path, f"{part}_labels", codes, task, allow_one_class=False)
     try:
         inputs = image_inputs(task.image, images)
     except ConfigError as error:
         raise ConfigError(f"{path}: array '{part}_images': {error}.") from None
     ids = tuple(f"{part}-{row + 1}" for row in range(len(labels)))
-    data = PatientDataset(inputs, binary, np.arange(len(labels)), ids)
+    data = PatientDataset(inputs, codes, np.arange(len(labels)), ids)
     return Reading(data, ReadingNotes(len(labels)))
 
 

@@ -18,14 +18,12 @@ from PIL import Image
 
 from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
+from client.data.labels import read_labels, refuse_unusable_labels
+from client.data.mapping import ColumnMapping, TableMapping
 from client.data.table import (
-    ColumnMapping,
     Reading,
     ReadingNotes,
-    TableMapping,
     group_patients,
-    read_labels,
-    refuse_unusable_labels,
 )
 from shared.config import require
 from shared.errors import ConfigError
@@ -127,8 +125,8 @@ def to_dataset(folder: Path, found: Found, mapping: ScanMapping, task: TaskPlan)
     require(bool(known), f"{folder}: no scan has a label in {mapping.labels}. Check `key`.")
     label = ColumnMapping(task.label, mapping.label, values=mapping.values)
     table = TableMapping(one_row_per_patient=True, columns=(label,))
-    labels = read_labels(folder, [texts[i] or "" for i in known], mapping.label, task, table)
-    refuse_unusable_labels(folder, mapping.label, labels, mapping.allow_one_class)
+    labels = read_labels(folder, {task.label: [texts[i] or "" for i in known]}, task, table)
+    refuse_unusable_labels(folder, mapping.label, labels, task, mapping.allow_one_class)
     scans = [found.scans[i] for i in known]
     ids, patients = group_patients([scan.patient for scan in scans])
     inputs = features_of_scaled(image_of(folder, task), np.stack([scan.values for scan in scans]))

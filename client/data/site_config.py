@@ -11,10 +11,11 @@ from typing import Literal
 
 from client.data.dicom import read_dicom_folder
 from client.data.images import ImageMapping, read_image_folder
+from client.data.mapping import TableMapping
 from client.data.nifti import read_nifti_folder
 from client.data.npz import read_npz
 from client.data.scans import ScanMapping
-from client.data.table import Reading, TableMapping, read_table
+from client.data.table import Reading, read_table
 from shared.config import require
 from shared.plan import TaskPlan
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.data.dataset import PatientDataset
 from shared.config import require
+
+FEW_LABELS = 10
+STRATUM = 20  # patients with neighbouring labels
 
 
 def split_by_patient(
@@ -13,7 +17,8 @@ def split_by_patient(
 ) -> tuple[PatientDataset, PatientDataset]:
     """Split into train and test by patient, each class (a patient's highest label) alike.
 
-    No patient is in both parts, however many records there are.
+    Where labels are many (numbers, times), those of neighbouring labels are alike instead. No
+    patient is in both parts, however many records there are.
 
     Raises:
         ConfigError: too few patients for one in each part.
@@ -21,8 +26,7 @@ def split_by_patient(
     label = np.array([data.labels[rows].max() for rows in data.records_of])
     train: list[int] = []
     test: list[int] = []
-    for value in np.unique(label):
-        members = rng.permutation(np.flatnonzero(label == value))
+    for members in _alike(label, rng):
         cut = round(len(members) * test_fraction)
         train.extend(members[cut:].tolist())
         test.extend(members[:cut].tolist())
@@ -32,3 +36,13 @@ def split_by_patient(
         "Give the site more patients, or change test_fraction.",
     )
     return data.select(np.sort(train)), data.select(np.sort(test))
+
+
+def _alike(label: NDArray[np.int64], rng: np.random.Generator) -> list[NDArray[np.int64]]:
+    """Patients of one label each, in random order; of neighbouring labels where these are many."""
+    values = np.unique(label)
+    if len(values) <= FEW_LABELS:
+        return [rng.permutation(np.flatnonzero(label == value)) for value in values]
+    shuffled = rng.permutation(len(label))
+    order = shuffled[np.argsort(label[shuffled], kind="stable")]
+    return [rng.permutation(part) for part in np.array_split(order, -(-len(order) // STRATUM))]

@@ -1,7 +1,8 @@
 """Models by name, and their parameters as one flat vector that all sites agree on.
 
 One file per family. To add a model, write a builder `plan -> module` whose module maps a batch of
-inputs to one logit a record, record by record, and enter it in `BUILDERS`.
+inputs to what the task wants of each record (shared/tasks.py), record by record, and enter it in
+`BUILDERS`.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from shared.plan import StudyPlan
 
 BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
     "logistic": table.logistic,
+    "linear": table.linear,
+    "cox": table.cox,
     "mlp": table.mlp,
     "cnn": image.cnn,
     "cnn3d": image.cnn3d,
@@ -38,7 +41,8 @@ def build_model(plan: StudyPlan) -> nn.Module:
     """Build the plan's model, float32 on the CPU, at its public starting point.
 
     Returns:
-        A module from inputs (records, *input_shape) to logits (records,).
+        A module from inputs (records, *input_shape) to outputs (records,), or (records, outputs)
+        where the task has more than one.
 
     Raises:
         ConfigError: unknown model, a model that does not fit the task, or one `parameter_spec`

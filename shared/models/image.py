@@ -14,20 +14,22 @@ from torch.nn import functional
 
 from shared.config import require
 from shared.errors import ConfigError
+from shared.models.table import single
 from shared.plan import ImagePlan, StudyPlan
+from shared.tasks import task_kind
 
 SMALL_IMAGE = 64  # up to this many pixels a side, ResNet keeps its first layer at full resolution
 
 
 class SmallCnn(nn.Module):
-    """Three convolutions and a pooled head: (records, c, h, w) -> logits (records,).
+    """Three convolutions and a pooled head: (records, c, h, w) -> (records,) or (records, outputs).
 
     Two early strides keep it cheap on a CPU. The head sees the mean and the maximum of each
     local feature over the image, so a small finding counts wherever it lies. With width 16 and
     one channel it has about 14,000 parameters: few enough to train well under DP.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, outputs: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 5, stride=2, padding=2)
         self.norm1 = group_norm(width)
@@ -35,24 +37,23 @@ class SmallCnn(nn.Module):
         self.norm2 = group_norm(2 * width)
         self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
         self.norm3 = group_norm(2 * width)
-        self.head = nn.Linear(4 * width, 1)
+        self.head = nn.Linear(4 * width, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        """One logit a record."""
+        """What the task wants of each record; see shared/tasks.py."""
         x = functional.relu(self.norm1(self.conv1(images)))
         x = functional.relu(self.norm2(self.conv2(x)))
         x = functional.relu(self.norm3(self.conv3(x))).flatten(2)
-        logits: Tensor = self.head(torch.cat([x.mean(2), x.amax(2)], dim=1))
-        return logits.squeeze(1)
+        return single(self.head(torch.cat([x.mean(2), x.amax(2)], dim=1)))
 
 
 class SmallCnn3d(nn.Module):
-    """The small CNN for volumes: (records, c, d, h, w) -> logits (records,).
+    """The small CNN for volumes: (records, c, d, h, w) -> (records,) or (records, outputs).
 
     As `SmallCnn`, with cubes for squares; width 8 and one channel make about 23,000 parameters.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, outputs: int = 1) -> None:
         super().__init__()
         self.conv1 = nn.Conv3d(channels, width, 5, stride=2, padding=2)
         self.norm1 = group_norm(width)
@@ -60,35 +61,33 @@ class SmallCnn3d(nn.Module):
         self.norm2 = group_norm(2 * width)
         self.conv3 = nn.Conv3d(2 * width, 2 * width, 3, padding=1)
         self.norm3 = group_norm(2 * width)
-        self.head = nn.Linear(4 * width, 1)
+        self.head = nn.Linear(4 * width, outputs)
 
     def forward(self, volumes: Tensor) -> Tensor:
-        """One logit a record."""
+        """What the task wants of each record; see shared/tasks.py."""
         x = functional.relu(self.norm1(self.conv1(volumes)))
         x = functional.relu(self.norm2(self.conv2(x)))
         x = functional.relu(self.norm3(self.conv3(x))).flatten(2)
-        logits: Tensor = self.head(torch.cat([x.mean(2), x.amax(2)], dim=1))
-        return logits.squeeze(1)
+        return single(self.head(torch.cat([x.mean(2), x.amax(2)], dim=1)))
 
 
 class PooledLinear(nn.Module):
-    """Logistic regression on a coarse picture: (records, c, *grid) -> logits (records,).
+    """Linear on a coarse picture: (records, c, *grid) -> (records,) or (records, outputs).
 
     The grid is averaged down to at most `side` cells an axis. Few parameters and a convex loss:
     the strongest start under a small privacy budget where what matters lies in known places.
     """
 
-    def __init__(self, image: ImagePlan, side: int) -> None:
+    def __init__(self, image: ImagePlan, side: int, outputs: int = 1) -> None:
         super().__init__()
         cells = tuple(min(side, size) for size in image.grid)
         pool = nn.AdaptiveAvgPool3d if image.depth else nn.AdaptiveAvgPool2d
         self.pool = pool(cells)
-        self.linear = nn.Linear(image.channels * math.prod(cells), 1)
+        self.linear = nn.Linear(image.channels * math.prod(cells), outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        """One logit a record."""
-        logits: Tensor = self.linear(self.pool(images).flatten(1))
-        return logits.squeeze(1)
+        """What the task wants of each record; see shared/tasks.py."""
+        return single(self.linear(self.pool(images).flatten(1)))
 
 
 class Block(nn.Module):
@@ -115,7 +114,7 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 with GroupNorm: (records, c, h, w) -> logits (records,).
+    """ResNet-18 with GroupNorm: (records, c, h, w) -> (records,) or (records, outputs).
 
     `width` is the first stage's channels; 64 is the published network. The small stem, one
     3 x 3 convolution without pooling, suits images up to 64 pixels.
@@ -124,7 +123,7 @@ class ResNet18(nn.Module):
     Wu and He, "Group Normalization", ECCV 2018.
     """
 
-    def __init__(self, channels: int, width: int, *, small_stem: bool) -> None:
+    def __init__(self, channels: int, width: int, outputs: int = 1, *, small_stem: bool) -> None:
         super().__init__()
         if small_stem:
             self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
@@ -138,42 +137,45 @@ class ResNet18(nn.Module):
             out, before = width << i, width << max(i - 1, 0)
             stages += [Block(before, out, 1 if i == 0 else 2), Block(out, out, 1)]
         self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(width << 3, 1)
+        self.head = nn.Linear(width << 3, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
-        """One logit a record."""
+        """What the task wants of each record; see shared/tasks.py."""
         x = self.pool(functional.relu(self.norm1(self.conv1(images))))
-        logits: Tensor = self.head(self.stages(x).mean((2, 3)))
-        return logits.squeeze(1)
+        return single(self.head(self.stages(x).mean((2, 3))))
 
 
 def cnn(plan: StudyPlan) -> nn.Module:
     """The small CNN; `width` is its first layer's channels."""
-    return SmallCnn(_image(plan).channels, plan.model.width)
+    return SmallCnn(_image(plan).channels, plan.model.width, _outputs(plan))
 
 
 def cnn3d(plan: StudyPlan) -> nn.Module:
     """The small CNN for volumes; `width` is its first layer's channels."""
-    return SmallCnn3d(_image(plan, volume=True).channels, plan.model.width)
+    return SmallCnn3d(_image(plan, volume=True).channels, plan.model.width, _outputs(plan))
 
 
 def pooled_linear(plan: StudyPlan) -> nn.Module:
     """Logistic regression on the picture averaged down to `width` cells an axis."""
     image = _image(plan, volume=plan.task.image is not None and plan.task.image.depth > 0)
-    return PooledLinear(image, plan.model.width)
+    return PooledLinear(image, plan.model.width, _outputs(plan))
 
 
 def resnet18(plan: StudyPlan) -> nn.Module:
     """ResNet-18; `width` 64 is the published size. The stem is small up to 64 pixels."""
     image = _image(plan)
     small = max(image.height, image.width) <= SMALL_IMAGE
-    return ResNet18(image.channels, plan.model.width, small_stem=small)
+    return ResNet18(image.channels, plan.model.width, _outputs(plan), small_stem=small)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm with at most 32 groups of at least 4 channels, where they divide evenly."""
     most = min(32, max(1, channels // 4))
     return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
+
+
+def _outputs(plan: StudyPlan) -> int:
+    return task_kind(plan.task).outputs(plan.task)
 
 
 def _image(plan: StudyPlan, *, volume: bool = False) -> ImagePlan:
