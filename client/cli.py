@@ -12,6 +12,7 @@ from client import (
     commands_check,
     commands_data,
     commands_enrol,
+    commands_evidence,
     commands_ledger,
     commands_log,
     commands_recover,
@@ -34,6 +35,7 @@ at any time:
   fedward-site spent                       what the patients have spent so far, by study
   fedward-site ledger verify               was the ledger changed?
   fedward-site log --follow                what the server asks, what leaves, what it costs
+  fedward-site evidence RUN FOLDER         this site's record of a run, for an auditor
 
 {EXIT_CODES}"""
 
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_study.add_commands(commands)
     commands_ledger.add_commands(commands)
     commands_log.add_commands(commands)
+    commands_evidence.add_commands(commands)
     commands_recover.add_commands(commands)
     commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()

@@ -149,7 +149,8 @@ def describe(kind: str, facts: dict[str, Any]) -> str:
     if kind == "failed":
         return f"failed: {facts['error']}"
     if kind == "finished":
-        return f"finished; model {facts['sha256'][:16]}"
+        withheld = f"; {facts['error']}" if "error" in facts else ""
+        return f"finished; model {facts['sha256'][:16]}{withheld}"
     return kind
 
 

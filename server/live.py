@@ -25,6 +25,8 @@ from typing import Any, Literal
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from server.gate import require_audit
+from server.manifest import write_manifest
 from server.record import server_results, write_evidence, write_model
 from server.report import write_report
 from server.results import build_results, write_results
@@ -33,7 +35,7 @@ from server.spool import DurableSpool
 from server.transport import GridTransport
 from shared import plan as plans
 from shared.config import parse
-from shared.errors import ConfigError, FedwardError
+from shared.errors import AuditError, ConfigError, FedwardError
 from shared.identity import Identity
 from shared.plan import StudyPlan
 from shared.supervise import write_json
@@ -241,7 +243,8 @@ class _Live:
 
     def _finish(self, outcome: StudyOutcome, transport: GridTransport) -> None:
         path, plan = self._folder.path, self._plan
-        write_model(plan, outcome, path)
+        if not plan.audit.gate:
+            write_model(plan, outcome, path)
         write_evidence(plan, outcome, self._spool, path / "evidence", self._identity())
         fields = server_results(plan, outcome, transport) | {
             "scenario": plan.name,
@@ -254,4 +257,10 @@ class _Live:
         results = build_results(**fields)
         write_results(results, path / "results.json")
         write_report(results, path / "report.html")
-        self._folder.tell("finished", sha256=outcome.state.digest().hex(), **self._facts)
+        write_manifest(path, self._identity())
+        facts = self._facts | {"sha256": outcome.state.digest().hex()}
+        try:
+            require_audit(plan, path)
+        except AuditError as error:
+            facts |= {"error": str(error), "exit_code": error.exit_code}
+        self._folder.tell("finished", **facts)

@@ -20,8 +20,8 @@ from shared.identity import Identity, verify
 
 SCHEMA = "fedward-manifest/1"
 MANIFEST_FILE = "manifest.json"
-LATER = ("audit.json", "audit.html")
-"""Files that an audit adds to a run directory."""
+OUTCOME = ("model.json", "model.safetensors", "report.html", "results.json")
+"""Files beside evidence/ that a finished run consists of."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,16 @@ class Manifest:
 
 
 def write_manifest(run: Path, identity: Identity | None = None) -> None:
-    """List every file of a finished run directory; the last thing that is written to it."""
+    """List the files of a finished run: all of evidence/, and what it reports.
+
+    Args:
+        run: The run directory; whatever else lies in it (logs, checkpoints, audits) is not listed.
+        identity: The coordinator's, which signs; None where there is none.
+    """
     own = run / "evidence" / MANIFEST_FILE
-    files = {
-        str(path.relative_to(run)): _sha256(path)
-        for path in sorted(run.rglob("*"))
-        if path.is_file() and path != own and str(path.relative_to(run)) not in LATER
-    }
+    outcome = [run / name for name in OUTCOME if (run / name).is_file()]
+    found = [p for p in sorted((run / "evidence").rglob("*")) if p.is_file() and p != own]
+    files = {str(path.relative_to(run)): _sha256(path) for path in (*found, *outcome)}
     write_text(_text(files, identity), own)
 
 

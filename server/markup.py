@@ -17,7 +17,7 @@ from typing import TypeAlias
 _UNSAFE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u200e\u200f\u202a-\u202e\u2066-\u2069]"
 )
-_VOID = frozenset({"meta", "br", "hr", "col"})
+_VOID = frozenset({"meta", "br", "hr", "col", "img"})
 # In SVG these may close themselves; in HTML every other element needs its end tag.
 _EMPTY_SVG = frozenset({"path", "rect", "line", "circle"})
 

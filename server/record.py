@@ -267,7 +267,8 @@ def write_evidence(
     _write_bytes(plan.canonical_bytes, folder / PLAN_FILE)
     records = along(spool.records, outcome.transcript)
     write_record_file(folder / RECORD_FILE, records, keeper="server", identity=identity)
-    write_frames(folder / SUMS_FILE, spool.sums())
+    if plan.audit.keep_sums:
+        write_frames(folder / SUMS_FILE, spool.sums())
     _write_bytes(state_to_bytes(outcome.state), folder / STATE_FILE)
     write_text(receipts_text(plan, outcome), folder / RECEIPTS_FILE)
 

@@ -484,6 +484,30 @@ class EvaluationPlan:
 
 
 @dataclass(frozen=True)
+class AuditPlan:
+    """What must be audited before the model is exported, and what is kept for it.
+
+    Attributes:
+        gate: Export no model before `auditor` has signed an audit in which nothing is refuted.
+        auditor: Ed25519 public key of the auditor, 64 hex digits; needed with `gate`.
+        keep_sums: Keep every published sum, so that the model can be computed again from the
+            evidence alone; they take one vector a round. Without them its hash is checked.
+    """
+
+    gate: bool = False
+    auditor: str = ""
+    keep_sums: bool = True
+
+    def __post_init__(self) -> None:
+        usable = bool(re.fullmatch(r"[0-9a-f]{64}", self.auditor))
+        require(
+            usable or not self.auditor,
+            "auditor must be an Ed25519 public key, 64 hex digits; fedward-audit report prints it",
+        )
+        require(usable or not self.gate, "gate needs auditor: the key whose audits count")
+
+
+@dataclass(frozen=True)
 class StatisticsPlan:
     """What a study of kind "statistics" counts of each number: a histogram over its range."""
 
@@ -514,6 +538,7 @@ class StudyPlan:
     secure_sum: SecureSumPlan = field(default_factory=SecureSumPlan)
     evaluation: EvaluationPlan = field(default_factory=EvaluationPlan)
     statistics: StatisticsPlan = field(default_factory=StatisticsPlan)
+    audit: AuditPlan = field(default_factory=AuditPlan)
     description: str = ""
     requires_fedward: str = ""
     schema: Literal["fedward-plan/1"] = "fedward-plan/1"

@@ -23,6 +23,7 @@ from client.run import check_once
 from client.training import choose_device
 from server.app import make_server_app
 from server.evidence import Spool
+from server.gate import require_audit
 from server.manifest import write_manifest
 from server.record import server_results, write_evidence, write_model
 from server.report import write_report
@@ -132,11 +133,12 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
 
     Raises:
         CohortError: too few sites answered; the message quotes the sites' own logs.
+        AuditError: the run is written, but the plan asks for an audit before its model is.
     """
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     finished: list[tuple[StudyOutcome, GridTransport]] = []
-    spool = Spool()
     plan, options = run.plan, run.options
+    spool = Spool(keep_sums=plan.audit.keep_sums)
     seed = run.scenario.simulation.seed
     with tempfile.TemporaryDirectory(prefix="fedward-") as work:
         base = Path(work)
@@ -205,7 +207,8 @@ def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     partial = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         partial.chmod(0o755)
-        write_model(run.plan, done.outcome, partial)
+        if not run.plan.audit.gate:
+            write_model(run.plan, done.outcome, partial)
         write_evidence(run.plan, done.outcome, done.spool, partial / "evidence")
         for name, folder in done.folders.items():
             export_run(SiteFolder(folder), done.run_id, partial / "evidence" / "sites" / name)
@@ -217,6 +220,7 @@ def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
         partial.rename(out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+    require_audit(run.plan, out)
     return results
 
 

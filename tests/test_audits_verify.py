@@ -34,7 +34,7 @@ from shared.study import Receipt, SignedReceipt
 from simulations.audits.accounting import Account, account, check_agreement
 from simulations.audits.books import check_receipts, receipts_of
 from simulations.audits.chain import replay
-from simulations.audits.outcome import trained_rounds
+from simulations.audits.outcome import models_before
 from simulations.audits.verify import Expected, Verified, verify
 
 Made = tuple[Path, dict[str, Identity]]
@@ -219,8 +219,7 @@ def holds(records: list[bytes], run: Path) -> bool:
     try:
         history = replay(records, "server", plan, 31)
         receipts = receipts_of(history)
-        trained = trained_rounds(history)
-        check_receipts(history, receipts, [r for r in history.rounds if trained[r.number]])
+        check_receipts(history, receipts, models_before(history))
     except (FedwardError, KeyError, StopIteration):
         return False
     complete = len(history.settled) == len(history.sums)

@@ -10,18 +10,19 @@ from typing import Any
 
 from client.ledger_export import check_export
 from shared import rfc9162
+from shared.counts import due_counts
 from shared.errors import PolicyError
 from shared.identity import fingerprint
 from shared.messages import decode
+from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
-from shared.privacy import noise_multiplier_of
+from shared.privacy import Use, costs_of, count_promise_of, count_use
 from shared.study import Receipt
 from simulations.audits.accounting import Account, account
 from simulations.audits.chain import History, Round
 from simulations.audits.checks import demand
 
 Event = Mapping[str, Any]
-TRAINING = "training"
 
 
 @dataclass(frozen=True)
@@ -79,56 +80,81 @@ def read_ledger(path: Path, site: str, public: bytes) -> LedgerFile:
     return LedgerFile(site, events, heads)
 
 
-def check_charges(ledger: LedgerFile, history: History, trained: Mapping[int, bool]) -> int:
-    """Every vector that left this site was charged before, for the very round; returns how many.
+def check_charges(ledger: LedgerFile, history: History, models: Mapping[int, int]) -> int:
+    """Every vector that left this site was charged before, for the very round and use.
 
     Args:
         ledger: The site's.
         history: The run's rounds.
-        trained: Round number -> whether it trained.
+        models: Round number -> finished training rounds before it.
+
+    Returns:
+        How many vectors left.
 
     Raises:
         AuditError: a round is missing or charged under another descriptor; it is named.
     """
     plan, run = history.plan, history.session.run_id
     rounds = {r.number: r for r in history.rounds}
-    charges = _by_round(ledger.of("charge", run), TRAINING)
-    released = _by_round(ledger.of("released", run), TRAINING)
-    for number, charge in charges.items():
-        demand(number in rounds, f"round {number} is charged, but is not in the record")
-        _check_charge(charge, rounds[number], plan)
-    if plan.privacy.mode == "none":
-        return 0
-    left = [r for r in history.rounds if ledger.site in r.contributors and trained[r.number]]
-    for one in left:
-        demand(one.number in charges, f"round {one.number} left this site without a charge")
-        demand(one.number in released, f"round {one.number} left before it was marked as released")
-        demand(
-            charges[one.number]["number"] < released[one.number]["number"],
-            f"round {one.number} was charged after it had left",
-        )
-    return len(left)
+    for use in costs_of(plan):
+        charges = _by_round(ledger.of("charge", run), use)
+        released = _by_round(ledger.of("released", run), use)
+        for number, charge in charges.items():
+            demand(number in rounds, f"round {number} is charged, but is not in the record")
+            _check_charge(charge, rounds[number], plan, use)
+        for one in history.rounds:
+            if ledger.site in one.contributors and costs_in(plan, use, models[one.number]):
+                _check_left(one.number, use, charges, released)
+    return sum(ledger.site in r.contributors for r in history.rounds)
 
 
-def _check_charge(charge: Event, what: Round, plan: StudyPlan) -> None:
-    where = f"the charge of round {what.number}"
-    demand(charge["descriptor"] == what.digest.hex(), f"{where} is for another descriptor")
-    demand(charge["plan_sha256"] == plan.sha256, f"{where} is for another plan")
-    demand(charge["noise_multiplier"] == noise_multiplier_of(plan), f"{where} has other noise")
-    demand(charge["sample_rate"] == plan.training.sample_rate, f"{where} has another rate")
-    demand(charge["steps"] == plan.training.local_steps, f"{where} has other steps")
+def costs_in(plan: StudyPlan, use: Use, model_round: int) -> bool:
+    """Whether a round that goes on from this model costs patients for this use."""
+    if use == "training":
+        return plan.learns and model_round < plan.training.rounds
+    return due_counts(plan, model_round)
 
 
-def _by_round(events: Iterator[Event], use: str) -> dict[int, Event]:
-    return {e["round_no"]: e for e in events if e.get("used_for", TRAINING) == use}
+def _check_left(
+    number: int, use: Use, charges: Mapping[int, Event], released: Mapping[int, Event]
+) -> None:
+    demand(number in charges, f"round {number} left this site without a charge for {use}")
+    demand(number in released, f"round {number} left before it was marked as released")
+    demand(
+        charges[number]["number"] < released[number]["number"],
+        f"round {number} was charged after it had left",
+    )
+
+
+def _check_charge(charge: Event, what: Round, plan: StudyPlan, use: Use) -> None:
+    where, event = f"the charge of round {what.number} for {use}", costs_of(plan)[use]
+    expected = {
+        "descriptor": what.digest.hex(),
+        "plan_sha256": plan.sha256,
+        "noise_multiplier": event.noise_multiplier,
+        "alone": alone_multipliers(plan)[use],
+        "sample_rate": event.sample_rate,
+        "steps": plan.training.local_steps if use == "training" else 1,
+        "epoch": what.session.epoch,
+    }
+    for key, value in expected.items():
+        demand(charge[key] == value, f"{where} has {key} {charge[key]!r:.70}, not {value!r:.70}")
+
+
+def _by_round(events: Iterator[Event], use: Use) -> dict[int, Event]:
+    return {e["round_no"]: e for e in events if e["used_for"] == use}
 
 
 def check_approval(ledger: LedgerFile, plan: StudyPlan, run: str) -> Event:
     """The approval that the run took, within the cap of the policy that was in force.
 
+    Mode none costs nothing and takes no approval's budget; the result is empty then.
+
     Raises:
         AuditError: there is none, it came after the run began, or it is above the cap.
     """
+    if plan.privacy.mode == "none":
+        return {}
     taken = {e["approval"] for e in ledger.of("bound", run)}
     approvals = [
         e for e in ledger.of("approved") if e["number"] in taken and e["plan_sha256"] == plan.sha256
@@ -137,13 +163,18 @@ def check_approval(ledger: LedgerFile, plan: StudyPlan, run: str) -> Event:
     approval = approvals[0]
     first = next(ledger.of("bound", run))
     demand(approval["number"] < first["number"], "the run began before it was approved")
-    cap, after = approval.get("cap"), approval.get("epsilon_after")
-    if isinstance(cap, float) and isinstance(after, float):
-        demand(after <= cap, f"approved at epsilon {after:.3f}, above the policy's cap {cap:g}")
+    after, cap = approval["epsilon_after"], approval["cap"]
+    demand(after <= cap, f"approved at epsilon {after:.3f}, above the policy's cap {cap:g}")
+    for use, part in approval["parts"].items():
+        spent = sum(e["steps"] for e in ledger.of("charge", run) if e["used_for"] == use)
+        demand(
+            spent <= part["steps"],
+            f"{ledger.site} charged {spent} steps of {use}; {part['steps']} were approved",
+        )
     return approval
 
 
-def check_receipt(ledger: LedgerFile, receipt: Receipt) -> None:
+def check_receipt(ledger: LedgerFile, plan: StudyPlan, receipt: Receipt) -> None:
     """The receipt says of this ledger what the ledger says.
 
     Raises:
@@ -155,13 +186,13 @@ def check_receipt(ledger: LedgerFile, receipt: Receipt) -> None:
         f"the ledger of {ledger.site} lacks the state {receipt.ledger_head.hex()[:16]} that its "
         "receipt names: it was replaced by an older copy, or cut",
     )
-    steps = sum(
-        e["steps"] for e in ledger.of("charge", run) if e.get("used_for", TRAINING) == TRAINING
-    )
-    demand(
-        steps == receipt.steps,
-        f"{ledger.site} charged {steps} steps; its receipt says {receipt.steps}",
-    )
+    for use, price in prices_of(plan, receipt).items():
+        stated = price.steps
+        steps = sum(e["steps"] for e in ledger.of("charge", run) if e["used_for"] == use)
+        demand(
+            steps == stated,
+            f"{ledger.site} charged {steps} steps of {use}; its receipt says {stated}",
+        )
     closed = [e["link"] for e in ledger.of("closed", run)]
     demand(closed == [receipt.ledger_head], "the receipt's ledger head is not the one that closed")
 
@@ -186,7 +217,7 @@ def receipts_of(history: History) -> dict[str, Receipt]:
 
 
 def check_receipts(
-    history: History, receipts: Mapping[str, Receipt], trained: Sequence[Round]
+    history: History, receipts: Mapping[str, Receipt], models: Mapping[int, int]
 ) -> None:
     """All sites hold one model and one history, and each says what it charged.
 
@@ -206,7 +237,7 @@ def check_receipts(
         demand(receipt.model_sha256 == first.model_sha256, f"{name} holds another model")
         demand(receipt.rounds == plan.training.rounds, f"{name} counts {receipt.rounds} rounds")
         _check_log(name, receipt, leaves)
-        _check_price(name, receipt, history, trained)
+        _check_price(name, receipt, history, models)
 
 
 def _check_log(name: str, receipt: Receipt, leaves: Sequence[bytes]) -> None:
@@ -219,24 +250,85 @@ def _check_log(name: str, receipt: Receipt, leaves: Sequence[bytes]) -> None:
     )
 
 
-def _check_price(name: str, receipt: Receipt, history: History, trained: Sequence[Round]) -> None:
+def _check_price(name: str, receipt: Receipt, history: History, models: Mapping[int, int]) -> None:
     plan = history.plan
-    sigma = noise_multiplier_of(plan)
-    if sigma is None:
-        demand(receipt.epsilon == 0 and receipt.steps == 0, f"{name} charged a plan without noise")
-        return
-    demand(receipt.noise_multiplier == sigma, f"{name}: other noise than the plan's {sigma:g}")
-    demand(receipt.sample_rate == plan.training.sample_rate, f"{name}: another sample rate")
-    each = plan.training.local_steps
-    least = each * sum(name in r.contributors for r in trained)
-    most = each * sum(name in r.cohort for r in trained)
+    costs, own = costs_of(plan), alone_multipliers(plan)
+    for use, price in prices_of(plan, receipt).items():
+        if use not in costs:
+            demand(price == _FREE, f"{name} charged for {use}, which the plan has at no cost")
+            continue
+        event = costs[use]
+        demand(
+            price.noise_multiplier == event.noise_multiplier,
+            f"{name}: the noise for {use} is {price.noise_multiplier:g}; the plan has "
+            f"{event.noise_multiplier:g}",
+        )
+        each = plan.training.local_steps if use == "training" else 1
+        due = [r for r in history.rounds if costs_in(plan, use, models[r.number])]
+        least = each * sum(name in r.contributors for r in due)
+        most = each * sum(name in r.cohort for r in due)
+        demand(
+            least <= price.steps <= most,
+            f"{name} charged {price.steps} steps of {use}; its rounds make {least} to {most}",
+        )
+        _check_epsilon(name, price, event.sample_rate, own[use], promise_of(plan, use)[1])
     demand(
-        least <= receipt.steps <= most,
-        f"{name} charged {receipt.steps} steps; its rounds make {least} to {most}",
+        receipt.sample_rate == (costs["training"].sample_rate if "training" in costs else 0.0),
+        f"{name}: another sample rate than the plan's",
     )
-    found = account({(sigma, receipt.sample_rate): receipt.steps}, plan.privacy.promise[1])
-    demand(
-        abs(found.pld - receipt.epsilon) <= 1e-6,
-        f"{name} states epsilon {receipt.epsilon:.4f}; its steps cost {found.pld:.4f}",
-    )
-    demand(receipt.epsilon_alone >= receipt.epsilon - 1e-9, f"{name}: its own noise is not less")
+
+
+def _check_epsilon(name: str, price: Price, rate: float, own: float, delta: float) -> None:
+    for stated, sigma, word in (
+        (price.epsilon, price.noise_multiplier, "epsilon"),
+        (price.alone, own, "epsilon by its own noise alone"),
+    ):
+        found = account({(sigma, rate): price.steps}, delta)
+        demand(
+            abs(found.pld - stated) <= 1e-6,
+            f"{name} states {word} {stated:.4f}; its steps cost {found.pld:.4f}",
+        )
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a receipt says of one use."""
+
+    steps: int
+    noise_multiplier: float
+    epsilon: float
+    alone: float
+
+
+_FREE = Price(0, 0.0, 0.0, 0.0)
+
+
+def prices_of(plan: StudyPlan, receipt: Receipt) -> dict[Use, Price]:
+    """What a receipt says of training, and of released counts of patients."""
+    return {
+        "training": Price(
+            receipt.steps, receipt.noise_multiplier, receipt.epsilon, receipt.epsilon_alone
+        ),
+        count_use(plan): Price(
+            receipt.count_releases,
+            receipt.count_noise_multiplier,
+            receipt.count_epsilon,
+            receipt.count_epsilon_alone,
+        ),
+    }
+
+
+def promise_of(plan: StudyPlan, use: Use) -> tuple[float, float]:
+    """(epsilon, delta) that the plan promises for one use."""
+    counts = count_promise_of(plan) if use == count_use(plan) else None
+    return counts or plan.privacy.budget
+
+
+def worst_price(
+    plan: StudyPlan, use: Use, receipts: Mapping[str, Receipt]
+) -> tuple[float, float, float]:
+    """(epsilon charged at most, epsilon promised, delta) of one use."""
+    rate, (target, delta) = costs_of(plan)[use].sample_rate, promise_of(plan, use)
+    prices = [prices_of(plan, receipt)[use] for receipt in receipts.values()]
+    spent = max(account({(p.noise_multiplier, rate): p.steps}, delta).pld for p in prices)
+    return spent, target, delta

@@ -30,15 +30,16 @@ class Checks:
         """None yet."""
         self.findings: list[Finding] = []
 
-    def check(self, name: str, claim: str, *, file: str = "") -> _Check:
+    def check(self, name: str, claim: str, *, file: str = "", site: str = "") -> _Check:
         """One claim, as a context manager; an error inside refutes it, and its text says where.
 
         Args:
             name: Short and stable, such as "rounds".
             claim: What should hold.
             file: What was read, relative to what is verified.
+            site: Whom it concerns, where it is one site.
         """
-        return _Check(self.findings, name, claim, file)
+        return _Check(self.findings, name, claim, {"file": file, "site": site})
 
 
 @dataclass
@@ -48,7 +49,7 @@ class _Check:
     findings: list[Finding]
     name: str
     claim: str
-    file: str
+    place: dict[str, str]
     remark: Remark = field(default_factory=Remark)
 
     def __enter__(self) -> Remark:
@@ -73,7 +74,7 @@ class _Check:
 
     def _fact(self, error: BaseException) -> str | None:
         """What an error says of the evidence; None for what is a bug or an interruption."""
-        what = self.file or self.name
+        what = self.place["file"] or self.name
         if isinstance(error, FedwardError):
             return str(error)
         if isinstance(error, OSError):
@@ -83,12 +84,12 @@ class _Check:
         return None
 
     def _finding(self, verdict: Verdict) -> Finding:
-        remark = self.remark
+        remark, file = self.remark, self.place["file"]
         return Finding(
             probe="verify",
             name=self.name,
             claim=self.claim,
-            statistic=f"every byte of {self.file}" if self.file else "the records",
+            statistic=f"every byte of {file}" if file else "the records",
             value=remark.value,
             interval=None,
             alpha=0.0,
@@ -96,7 +97,7 @@ class _Check:
             verdict=verdict,
             explanation=remark.text,
             expected=remark.expected,
-            details={"file": self.file} if self.file else {},
+            details={key: value for key, value in self.place.items() if value},
         )
 
 

@@ -48,12 +48,12 @@ class _NoTraffic:
     bytes_down: int = 0
 
 
-def trained_rounds(history: History) -> dict[int, bool]:
-    """Round number -> whether the sites trained in it; for a record that holds the whole run."""
-    finished, table = 0, {}
+def models_before(history: History) -> dict[int, int]:
+    """Round number -> finished training rounds before it; of a record of the whole run."""
+    finished, table, last = 0, {}, history.plan.training.rounds
     for one in history.rounds:
-        table[one.number] = finished < history.plan.training.rounds
-        finished += bool(one.total_root)
+        table[one.number] = finished
+        finished = min(last, finished + bool(one.total_root))
     return table
 
 

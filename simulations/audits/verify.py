@@ -7,7 +7,7 @@ which people read to each other. Without them the records are only checked again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,11 +28,12 @@ from shared.evidence import (
 from shared.identity import fingerprint
 from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
+from shared.privacy import costs_of
 from shared.study import Receipt, state_to_bytes
 from simulations.audits import books
 from simulations.audits import outcome as outcomes
-from simulations.audits.accounting import account, check_agreement
-from simulations.audits.chain import History, Round, check_same_rounds, replay
+from simulations.audits.accounting import check_agreement
+from simulations.audits.chain import History, check_same_rounds, replay
 from simulations.audits.checks import Checks, NotTestableError, demand
 from simulations.audits.finding import Finding
 
@@ -139,7 +140,9 @@ class _Verification:
             )
             remark.text = "the hashes agree"
 
-    def read_history(self, file: Path, plan: StudyPlan, keeper: str | None) -> History | None:
+    def read_history(
+        self, file: Path, plan: StudyPlan, keeper: str | None, site: str = ""
+    ) -> History | None:
         """Replay one record file; `keeper` None stands for whoever the file says."""
         found: History | None = None
         with self.checks.check(
@@ -147,6 +150,7 @@ class _Verification:
             "Every round is signed by at least the threshold of sites, follows from the one "
             "before, and rests on a set-up that all its members confirmed.",
             file=self.name_of(file),
+            site=site,
         ) as remark:
             record = read_record_file(file)
             demand(keeper in (None, record.keeper), f"it was kept by {record.keeper}")
@@ -214,12 +218,15 @@ class _Verification:
             )
 
     def check_ledger(
-        self, file: Path, history: History, receipt: Receipt | None, trained: Mapping[int, bool]
+        self, file: Path, history: History, receipt: Receipt | None, models: Mapping[int, int]
     ) -> None:
         site, plan = history.keeper, history.plan
         ledger: books.LedgerFile | None = None
         with self.checks.check(
-            "ledger", "The ledger is chained and signed, line by line.", file=self.name_of(file)
+            "ledger",
+            "The ledger is chained and signed, line by line.",
+            file=self.name_of(file),
+            site=site,
         ) as remark:
             ledger = books.read_ledger(file, site, history.roster[site])
             remark.text = f"{len(ledger.events)} events"
@@ -229,20 +236,23 @@ class _Verification:
             "charges",
             f"{site}: all that left the hospital was approved and charged before, at the plan's "
             "noise.",
+            site=site,
         ) as remark:
             books.check_approval(ledger, plan, history.session.run_id)
-            count = books.check_charges(ledger, history, trained)
+            count = books.check_charges(ledger, history, models)
             if receipt is not None:
-                books.check_receipt(ledger, receipt)
+                books.check_receipt(ledger, plan, receipt)
             remark.text = f"{count} vectors left, each charged for its own round"
         if plan.privacy.mode != "none":
             self._check_accounts(site, ledger, plan)
 
     def _check_accounts(self, site: str, ledger: books.LedgerFile, plan: StudyPlan) -> None:
         with self.checks.check(
-            "accounting", f"{site}: three independent accountants agree on what was charged."
+            "accounting",
+            f"{site}: three independent accountants agree on what was charged.",
+            site=site,
         ) as remark:
-            found = books.accounts(ledger, plan.privacy.promise[1])
+            found = books.accounts(ledger, plan.privacy.budget[1])
             demand(bool(found), f"the ledger of {site} charges nothing")
             for one in found.values():
                 check_agreement(one)
@@ -252,20 +262,21 @@ class _Verification:
     def check_promise(self, plan: StudyPlan, receipts: Mapping[str, Receipt]) -> None:
         with self.checks.check(
             "promise", "No patient was charged more than the plan promises."
-        ) as r:
+        ) as remark:
             if plan.privacy.mode == "none":
                 raise NotTestableError("the plan promises no privacy: mode none, simulation only")
-            target, delta, _ = plan.privacy.promise
             demand(bool(receipts), "no receipt says what was charged")
-            spent = max(
-                account({(x.noise_multiplier, x.sample_rate): x.steps}, delta).pld
-                for x in receipts.values()
-            )
-            demand(
-                spent <= target, f"epsilon {spent:.4f} was charged; the plan promises {target:g}"
-            )
-            r.value, r.expected = spent, target
-            r.text = f"at most {spent:.4f} of {target:g} at delta {delta:g}, for one site's patient"
+            told = []
+            for use in costs_of(plan):
+                spent, target, delta = books.worst_price(plan, use, receipts)
+                demand(
+                    spent <= target,
+                    f"epsilon {spent:.4f} was charged for {use}; {target:g} was promised",
+                )
+                told.append(f"{use}: {spent:.4f} of {target:g} at delta {delta:g}")
+                if remark.value is None:
+                    remark.value, remark.expected = spent, target
+            remark.text = "at most, for one site's patient: " + "; ".join(told)
 
 
 class _Export(_Verification):
@@ -283,7 +294,7 @@ class _Export(_Verification):
         self.check_identities(history)
         self.say("rounds", 0.4)
         self.check_thresholds(history)
-        trained = outcomes.trained_rounds(history)
+        models = outcomes.models_before(history)
         receipts = self.result.receipts = books.receipts_of(history)
         with self.checks.check(
             "receipt", "The site's own receipt fits the rounds that it holds."
@@ -291,11 +302,11 @@ class _Export(_Verification):
             if not receipts:
                 raise NotTestableError("the run was not over when the site exported")
             demand(set(receipts) == {history.keeper}, "it holds another site's receipt")
-            books.check_receipts(history, receipts, _trained(history, trained))
+            books.check_receipts(history, receipts, models)
             remark.text = f"{len(history.rounds)} rounds, one model"
         mine = receipts.get(history.keeper)
         self.say("ledger", 0.6)
-        self.check_ledger(self.path / LEDGER_FILE, history, mine, trained)
+        self.check_ledger(self.path / LEDGER_FILE, history, mine, models)
         self.check_promise(plan, receipts)
         return self.result
 
@@ -317,7 +328,7 @@ class _Run(_Verification):
         self.say("rounds", 0.2)
         self.check_identities(history)
         self.check_thresholds(history)
-        trained = outcomes.trained_rounds(history)
+        models = outcomes.models_before(history)
         receipts = self.result.receipts = books.receipts_of(history)
         with self.checks.check(
             "receipts",
@@ -327,11 +338,11 @@ class _Run(_Verification):
                 len(receipts) >= history.session.threshold,
                 f"{len(receipts)} receipts; at least {history.session.threshold} are needed",
             )
-            books.check_receipts(history, receipts, _trained(history, trained))
+            books.check_receipts(history, receipts, models)
             remark.text = f"{len(receipts)} of {len(history.session.names)} sites"
         self.say("sums", 0.3)
         self._check_outcome(plan, history, receipts)
-        self._check_sites(history, receipts, trained)
+        self._check_sites(history, receipts, models)
         self.check_promise(plan, receipts)
         return self.result
 
@@ -403,7 +414,7 @@ class _Run(_Verification):
             )
 
     def _check_sites(
-        self, history: History, receipts: Mapping[str, Receipt], trained: Mapping[int, bool]
+        self, history: History, receipts: Mapping[str, Receipt], models: Mapping[int, int]
     ) -> None:
         folder = self.evidence / "sites"
         names = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
@@ -414,39 +425,40 @@ class _Run(_Verification):
                 )
         for place, name in enumerate(names):
             self.say(name, 0.5 + 0.5 * place / len(names))
-            self._check_site(folder / name, history, receipts, trained)
+            self._check_site(folder / name, history, receipts, models)
 
     def _check_site(
         self,
         folder: Path,
         server: History,
         receipts: Mapping[str, Receipt],
-        trained: Mapping[int, bool],
+        models: Mapping[int, int],
     ) -> None:
         site = folder.name
         with self.checks.check(
-            "site-plan", f"{site} holds the same plan.", file=self.name_of(folder / PLAN_FILE)
+            "site-plan",
+            f"{site} holds the same plan.",
+            file=self.name_of(folder / PLAN_FILE),
+            site=site,
         ):
             demand(
                 (folder / PLAN_FILE).read_bytes() == server.plan.canonical_bytes,
                 f"{site} approved another plan",
             )
-        history = self.read_history(folder / RECORD_FILE, server.plan, site)
+        history = self.read_history(folder / RECORD_FILE, server.plan, site, site)
         if history is None:
             return
         with self.checks.check(
-            "same-rounds", f"{site} was told the same rounds as the server's record holds."
+            "same-rounds",
+            f"{site} was told the same rounds as the server's record holds.",
+            site=site,
         ) as remark:
             demand(history.roster == server.roster, f"{site} pinned other keys")
             count = check_same_rounds(server, history)
             mine = history.receipts.get(site)
             demand(mine == server.receipts.get(site), f"{site}: two receipts differ")
             remark.text = f"{count} rounds"
-        self.check_ledger(folder / LEDGER_FILE, history, receipts.get(site), trained)
-
-
-def _trained(history: History, trained: Mapping[int, bool]) -> Sequence[Round]:
-    return [r for r in history.rounds if trained[r.number]]
+        self.check_ledger(folder / LEDGER_FILE, history, receipts.get(site), models)
 
 
 def read_expected(
