@@ -153,16 +153,48 @@ def histories(
     """
     if not known or not len(patients):
         return ((),)
+    sets, _ = _groups(patients, known, members)
+    largest = [s for s in sets if not any(s < other for other in sets)]
+    return tuple(tuple(c for c in known if c.populations in s) for s in largest)
+
+
+def _groups(
+    patients: Members, known: Sequence[Commitment], members: Callable[[str], Members]
+) -> tuple[list[frozenset[frozenset[str]]], NDArray[np.int64]]:
+    """The different sets of populations that patients are in, and which one each patient has."""
     columns: dict[frozenset[str], NDArray[np.bool_]] = {}
     for where in {c.populations for c in known}:
         touched = np.zeros(len(patients), dtype=bool)
         for digest in where:
             touched |= np.isin(patients, members(digest), assume_unique=True)
         columns[where] = touched
-    table = np.unique(np.stack(list(columns.values()), axis=1), axis=0)
+    stacked = np.stack(list(columns.values()), axis=1)
+    table, group = np.unique(stacked, axis=0, return_inverse=True)
     sets = [frozenset(w for w, on in zip(columns, row, strict=True) if on) for row in table]
-    largest = [s for s in sets if not any(s < other for other in sets)]
-    return tuple(tuple(c for c in known if c.populations in s) for s in largest)
+    return sets, group.reshape(-1)
+
+
+def beyond_cap(
+    planned: Sequence[Commitment],
+    patients: Members,
+    known: Sequence[Commitment],
+    members: Callable[[str], Members],
+    limits: DatasetPolicy,
+) -> Members:
+    """The patients whom `planned` would bring beyond a cap, each judged by the own history alone.
+
+    Args:
+        planned: The study's parts.
+        patients: Keyed hashes, sorted, without repetition.
+        known: All commitments, `planned` included.
+        members: Who a population is, by its digest.
+        limits: Caps, delta and kind of composition.
+    """
+    sets, group = _groups(patients, known, members)
+    each = [tuple(c for c in known if c.populations in s) for s in sets]
+    spent = np.array([not cost_of(planned, [h], limits).passes(limits) for h in each])
+    beyond: Members = patients[spent[group]]
+    return beyond
 
 
 def cost_of(

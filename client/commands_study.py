@@ -68,14 +68,20 @@ def _approve(arguments: argparse.Namespace) -> int:
         if prepared is not None:
             print("\n".join([*prepared.lines(), ""]))
         people = people_of(folder, config, books, plan)
+        gone = 0
+        if arguments.leave_out_spent:
+            people, gone = books.without_spent(plan, people)
         cost = books.consider(plan, people)
         measured = None if arguments.show and arguments.no_guard else _sensitivity(plan, config)
         print(sheet(plan, books.limits, cost, books.facts, measured))
+        if gone:
+            print(f"\n{gone} patient(s) have spent their budget and are left out of this study.")
+            print("That number is about patients: it stays here.")
         if arguments.show:
             return 0
         if not arguments.yes:
             _ask(plan)
-        books.approve(plan, people)
+        books.approve(plan, people, left_out=gone > 0)
     print(f"\nApproved for one run, and reserved: {plan.sha256}")
     return 0
 

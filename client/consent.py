@@ -19,14 +19,16 @@ from client.budget import (
     Commitment,
     Cost,
     History,
+    beyond_cap,
     commitments,
     cost_of,
     histories,
     rounds_that_fit,
 )
+from client.data.dataset import PatientDataset
 from client.ledger import Body, HeadMovedError, Ledger
 from client.opt_out import OptOutList
-from client.patients import KEY_FILE, Members, PatientKey, Population
+from client.patients import KEY_FILE, Members, PatientKey, Population, digest_of
 from client.policy import DatasetPolicy, PolicyFile, refuse_unless_allowed, require_open
 from shared.errors import PolicyError
 from shared.identity import Identity
@@ -143,19 +145,55 @@ class Books:
             raise PolicyError(_beyond(plan, limits, cost, fit))
         return cost
 
-    def _histories(self, known: list[Commitment], people: People) -> tuple[History, ...]:
-        """The histories of these patients, of whom some may be new to the ledger."""
+    def without_spent(self, plan: StudyPlan, people: People) -> tuple[People, int]:
+        """These people less those whom the plan would bring beyond a cap, and how many those are.
+
+        Whether a patient is left out depends on that patient's own charges alone, so it says
+        nothing of anybody's data; client/BUDGETS.md, section 5, has the argument.
+
+        Raises:
+            PolicyError: nobody would be left, or the policy does not allow the plan.
+        """
+        limits, planned = self.allow(plan), parts_of(plan, people)
+        if not planned:
+            return people, 0
+        everyone, members = self._everyone(people)
+        known = [*commitments(self.ledger), *planned]
+        spent = beyond_cap(planned, everyone, known, members, limits)
+        kept: dict[Use, Population] = {}
+        for use, population in people.items():
+            left = population.members[~np.isin(population.members, spent)]
+            if not len(left):
+                raise PolicyError(
+                    f"plan {plan.name!r} would bring every patient of this site's {use} part "
+                    f"beyond max_epsilon {limits.max_epsilon:g} or max_epsilon_alone "
+                    f"{limits.max_epsilon_alone:g}; without them nobody is left."
+                )
+            kept[use] = Population(digest_of(left), left)
+        return kept, len(spent)
+
+    def _everyone(self, people: People) -> tuple[Members, Callable[[str], Members]]:
+        """All of these people, of whom some may be new to the ledger; and who a population is."""
         fresh = {p.digest: p.members for p in people.values()}
 
         def members(digest: str) -> Members:
             found = fresh.get(digest)
             return self.ledger.members(digest) if found is None else found
 
-        everyone = np.unique(np.concatenate(list(fresh.values())))
+        return np.unique(np.concatenate(list(fresh.values()))), members
+
+    def _histories(self, known: list[Commitment], people: People) -> tuple[History, ...]:
+        everyone, members = self._everyone(people)
         return histories(everyone, known, members)
 
-    def approve(self, plan: StudyPlan, people: People) -> Cost:
+    def approve(self, plan: StudyPlan, people: People, *, left_out: bool = False) -> Cost:
         """Consider a plan, and reserve its whole cost for one run; signed in the ledger.
+
+        Args:
+            plan: The plan.
+            people: Whom it may charge.
+            left_out: These are only some of the site's patients, from `without_spent`; a run
+                takes nobody else.
 
         Raises:
             PolicyError: as for `consider`.
@@ -167,11 +205,31 @@ class Books:
             head = self.ledger.head
             cost = self.consider(plan, people)
             try:
-                fields = approval_fields(plan, people, cost, self.limits)
+                fields = approval_fields(plan, people, cost, self.limits) | {"left_out": left_out}
                 self.ledger.append("approved", fields, expected_head=head)
             except HeadMovedError:
                 continue
             return cost
+
+    def as_approved(
+        self, plan: StudyPlan, run: str, use: Use, data: PatientDataset
+    ) -> PatientDataset:
+        """The data without patients whom the run's approval left out.
+
+        Raises:
+            PolicyError: no approval is left for the run, or nobody of these data is in it.
+        """
+        approval = self.require_approved(plan, run)
+        if not approval.get("left_out") or use not in approval["parts"]:
+            return data
+        approved = self.ledger.members(approval["parts"][use]["population"])
+        keep = np.flatnonzero(np.isin(self.key.tags(data.patient_ids), approved))
+        if not len(keep):
+            raise PolicyError(
+                f"no patient of this site's {use} part is in the approval of plan {plan.name!r}, "
+                "which left out those who have spent their budget. Approve the plan again."
+            )
+        return data.select(keep)
 
     def require_approved(self, plan: StudyPlan, run: str) -> Body:
         """The approval that this run has taken or may take.

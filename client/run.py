@@ -182,7 +182,8 @@ class SiteRun:
         return self._data(count_use(self.plan))
 
     def _data(self, use: Use) -> PatientDataset:
-        return read_parts(self._folder, self.config, self._books, self.plan, PARTS[use])
+        data = read_parts(self._folder, self.config, self._books, self.plan, PARTS[use])
+        return self._books.as_approved(self.plan, self.run_id, use, data)
 
     @functools.cached_property
     def _people(self) -> People:

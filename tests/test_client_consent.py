@@ -5,19 +5,24 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from site_cases import make_site, open_books, study, trained, write_policy
+from site_cases import LIMITS, make_site, open_books, study, trained, write_policy
+from training_cases import make_data
 
-from client.budget import Commitment, commitments, cost_of, histories, rounds_that_fit
+from client.budget import Commitment, beyond_cap, commitments, cost_of, histories, rounds_that_fit
 from client.consent import Books, People
 from client.ledger import Charge
 from client.patients import PatientKey
+from client.policy import DatasetPolicy
+from shared.config import parse
 from shared.errors import ConfigError, PolicyError
+from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
 from shared.privacy import PrivacyEvent, costs_of, epsilon_of_events, filtered_epsilon
 
@@ -323,3 +328,183 @@ def test_many_patients_and_many_rounds_are_composed_in_time(books: Books) -> Non
     cost = cost_of(planned, past, books.limits)
     assert time.process_time() - started < 2.0
     assert cost.after == epsilon_of_events([PrivacyEvent(4.0, 0.5, 21)], DELTA)
+
+
+LARGE = {"rounds": 30}
+
+
+def test_patients_who_have_spent_are_left_out_one_by_one(books: Books) -> None:
+    spent = [f"p{i}" for i in range(5)]
+    books.approve(study("first", training=LARGE), trained(books, spent))
+    plan = study("second", training=LARGE)
+    with pytest.raises(PolicyError, match="allows 4 over all studies"):
+        books.approve(plan, trained(books, WARD))
+    kept, gone = books.without_spent(plan, trained(books, WARD))
+    assert gone == 5
+    assert kept["training"].digest == trained(books, WARD[5:])["training"].digest
+    assert books.approve(plan, kept, left_out=True).after <= 4.0
+    data = make_data(plan, patients=20)
+    taken = books.as_approved(plan, "run-1", "training", data)
+    assert set(taken.patient_ids) == set(WARD[5:])
+    # Whoever came later was not approved, and does not take part either.
+    later = books.as_approved(plan, "run-1", "training", make_data(plan, patients=25))
+    assert set(later.patient_ids) == set(WARD[5:])
+
+
+def test_an_approval_of_everybody_leaves_nobody_out(books: Books) -> None:
+    plan = study()
+    books.approve(plan, trained(books, WARD))
+    data = make_data(plan, patients=25)
+    assert books.as_approved(plan, "run-1", "training", data) is data
+
+
+def test_nobody_left_is_a_refusal(books: Books) -> None:
+    books.approve(study("first", training=LARGE), trained(books, WARD))
+    with pytest.raises(PolicyError, match="nobody is left"):
+        books.without_spent(study("second", training=LARGE), trained(books, WARD))
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    st.lists(
+        st.tuples(st.frozensets(st.integers(0, 7), min_size=1), st.integers(5, 30)),
+        min_size=1,
+        max_size=4,
+    ),
+    st.integers(0, 7),
+)
+def test_who_is_left_out_depends_on_the_own_history_alone(
+    studies: list[tuple[frozenset[int], int]], absent: int
+) -> None:
+    """With or without one patient, the others are left out or kept alike: that is the proof."""
+    limits = parse(DatasetPolicy, LIMITS, "test")
+
+    def spent(patients: list[int]) -> set[int]:
+        known = [
+            Commitment(i, "s", f"r{i}", frozenset({str(i)}), PrivacyEvent(4.0, 0.5, steps), True)
+            for i, (_, steps) in enumerate(studies)
+        ]
+        members = {
+            str(i): np.array(sorted(who & set(patients)), dtype=np.uint64)
+            for i, (who, _) in enumerate(studies)
+        }
+        members["all"] = np.array(patients, dtype=np.uint64)
+        planned = [Commitment(-1, "s", "", frozenset({"all"}), PrivacyEvent(4.0, 0.5, 25), False)]
+        everyone = np.array(patients, dtype=np.uint64)
+        found = beyond_cap(planned, everyone, [*known, *planned], members.__getitem__, limits)
+        return set(found.tolist())
+
+    everybody = list(range(8))
+    others = [p for p in everybody if p != absent]
+    assert spent(everybody) - {absent} == spent(others)
+
+
+def test_choosing_by_all_patients_together_is_not_sound(books: Books) -> None:
+    """The default refusal does depend on one patient; hence it must not be published."""
+    plan = study("second", training=LARGE)
+    books.approve(study("first", training=LARGE), trained(books, ["p0"]))
+    books.consider(plan, trained(books, WARD[1:]))
+    with pytest.raises(PolicyError):
+        books.consider(plan, trained(books, WARD))
+
+
+def test_the_own_noise_alone_has_a_cap_over_all_studies(tmp_path: Path) -> None:
+    distributed = {"mode": "distributed", "noise_multiplier": 6.0, "epsilon": 2.0}
+    plan = study(privacy=distributed)
+    event, own = costs_of(plan)["training"], alone_multipliers(plan)["training"]
+    assert own < 0.6 * event.noise_multiplier
+    alone = epsilon_of_events([replace(event, noise_multiplier=own)], DELTA)
+    promised = epsilon_of_events([event], DELTA)
+    twice = epsilon_of_events([event, event], DELTA)
+    assert twice < 2.0 < alone * 1.2
+    limits = {"modes": ["distributed"], "composition": "schedule", "max_epsilon": 2.0}
+    tight = open_books(make_site(tmp_path / "a", **limits, max_epsilon_alone=alone * 1.2))
+    ward = trained(tight, WARD)
+    cost = tight.approve(plan, ward)
+    assert cost.alone == pytest.approx(alone)
+    assert cost.after == pytest.approx(promised)
+    # A second study is within max_epsilon, and refused for the own noise alone.
+    with pytest.raises(PolicyError, match=r"every other site .*max_epsilon_alone is"):
+        tight.approve(replace(plan, name="again"), ward)
+    wide = open_books(make_site(tmp_path / "b", **limits, max_epsilon_alone=40.0))
+    for name in ("one", "two"):
+        wide.approve(replace(plan, name=name), trained(wide, WARD))
+
+
+def test_a_lowered_cap_on_the_own_noise_stops_a_run(tmp_path: Path) -> None:
+    plan = study(privacy={"mode": "distributed", "noise_multiplier": 6.0})
+    folder = make_site(tmp_path, modes=["distributed"], max_epsilon_alone=20.0)
+    books = open_books(folder)
+    ward = trained(books, WARD)
+    books.approve(plan, ward)
+    books.admit(plan, "run-1", ward)
+    write_policy(folder, modes=["distributed"], max_epsilon=1.9, max_epsilon_alone=2.0)
+    with pytest.raises(PolicyError, match="max_epsilon"):
+        books.admit(plan, "run-1", ward)
+
+
+def counted(name: str = "counted", **evaluation: object) -> StudyPlan:
+    return study(name, evaluation={"release": "noised", "epsilon": 2.0, "bins": 8} | evaluation)
+
+
+def test_test_patients_pay_from_their_own_budget(tmp_path: Path) -> None:
+    books = open_books(make_site(tmp_path, evaluation=["none", "noised"]))
+    plan, tested = counted(), [f"t{i}" for i in range(6)]
+    people: People = {"training": books.population(WARD), "evaluation": books.population(tested)}
+    books.approve(plan, people)
+    costs = costs_of(plan)
+    for ids, use in ((WARD, "training"), (tested, "evaluation")):
+        before = books.consider(study("next"), trained(books, ids)).before
+        assert before == epsilon_of_events([costs[use]], DELTA)  # type: ignore[index]
+
+
+def test_a_patient_who_is_trained_on_and_tested_pays_for_both(tmp_path: Path) -> None:
+    books = open_books(make_site(tmp_path, evaluation=["none", "noised"]))
+    plan, everyone = counted(), books.population(WARD)
+    cost = books.approve(plan, {"training": everyone, "evaluation": everyone})
+    assert cost.after == epsilon_of_events(list(costs_of(plan).values()), DELTA)
+
+
+def test_evaluation_beyond_the_cap_of_a_test_patient_is_refused(tmp_path: Path) -> None:
+    books = open_books(make_site(tmp_path, evaluation=["none", "noised"]))
+    tested = books.population(["t1", "t2"])
+    fresh: People = {"training": books.population(WARD), "evaluation": tested}
+    books.approve(counted("one", epsilon=3.9), fresh)
+    other: People = {"training": books.population(["n1", "n2"]), "evaluation": tested}
+    with pytest.raises(PolicyError, match="allows 4 over all studies"):
+        books.approve(counted("two", epsilon=3.9), other)
+
+
+def test_a_plan_that_counts_patients_whom_nobody_named_is_refused(tmp_path: Path) -> None:
+    books = open_books(make_site(tmp_path, evaluation=["none", "noised"]))
+    with pytest.raises(PolicyError, match="costs patients for evaluation"):
+        books.approve(counted(), trained(books, WARD))
+
+
+def test_a_release_is_charged_once_and_not_beyond_what_was_approved(tmp_path: Path) -> None:
+    books = open_books(make_site(tmp_path, evaluation=["none", "noised"]))
+    plan = counted(every=0)
+    people: People = {"training": books.population(WARD), "evaluation": books.population(["t"])}
+    books.approve(plan, people)
+    books.admit(plan, "run-1", people)
+    event = costs_of(plan)["evaluation"]
+    release = Charge(
+        run="run-1",
+        plan_sha256=plan.sha256,
+        round_no=11,
+        descriptor="a" * 64,
+        noise_multiplier=event.noise_multiplier,
+        alone=event.noise_multiplier,
+        sample_rate=1.0,
+        steps=1,
+        population=people["evaluation"].digest,
+        used_for="evaluation",
+    )
+    for _ in range(2):
+        books.ledger.reserve(release, limit=event.steps)
+    assert books.ledger.steps("run-1", "evaluation") == 1
+    assert books.ledger.steps("run-1") == 0
+    with pytest.raises(PolicyError, match="another descriptor"):
+        books.ledger.reserve(replace(release, descriptor="b" * 64), limit=event.steps)
+    with pytest.raises(PolicyError, match="release of counts 2 of this run"):
+        books.ledger.reserve(replace(release, round_no=12), limit=event.steps)
