@@ -211,16 +211,7 @@ def refuse_unless_allowed(
         PolicyError: with every limit that the plan passes.
         ConfigError: this site is not in the plan.
     """
-    if site not in plan.cohort.names:
-        raise ConfigError(
-            f"site {site!r} is not in plan {plan.name!r} ({', '.join(plan.cohort.names)})"
-        )
-    reasons = [
-        *_cohort_reasons(plan, limits, roster),
-        *_privacy_reasons(plan, limits, site),
-        *_content_reasons(plan, limits),
-        *(() if simulation else _simulated_only(plan)),
-    ]
+    reasons = refusals(plan, limits, site=site, roster=roster, simulation=simulation)
     if reasons:
         raise PolicyError(
             f"plan {plan.name!r} is not allowed on dataset {limits.name!r}: {'; '.join(reasons)}. "
@@ -228,17 +219,54 @@ def refuse_unless_allowed(
         )
 
 
-def _cohort_reasons(
-    plan: StudyPlan, limits: DatasetPolicy, roster: Mapping[str, bytes]
-) -> Iterator[str]:
+def refusals(
+    plan: StudyPlan,
+    limits: DatasetPolicy,
+    *,
+    site: str,
+    roster: Mapping[str, bytes] | None,
+    simulation: bool,
+) -> list[str]:
+    """Every limit that a plan passes, all but the budget.
+
+    Args:
+        plan: The plan.
+        limits: Of the dataset.
+        site: The site whose policy this is.
+        roster: The identities that it pinned; None to leave those out, for somebody who asks
+            from outside.
+        simulation: Whether it is a pretended hospital.
+
+    Raises:
+        ConfigError: the site is not in the plan.
+    """
+    if site not in plan.cohort.names:
+        raise ConfigError(
+            f"site {site!r} is not in plan {plan.name!r} ({', '.join(plan.cohort.names)})"
+        )
+    return [
+        *_cohort_reasons(plan, limits),
+        *(() if roster is None else _roster_reasons(plan, limits, roster)),
+        *_privacy_reasons(plan, limits, site),
+        *_content_reasons(plan, limits),
+        *(() if simulation else _simulated_only(plan)),
+    ]
+
+
+def _cohort_reasons(plan: StudyPlan, limits: DatasetPolicy) -> Iterator[str]:
     cohort = plan.cohort
     if cohort.threshold < limits.min_sites:
         yield f"a sum may be of {cohort.threshold} sites, min_sites is {limits.min_sites}"
     honest = cohort.threshold - cohort.colluders
     if honest < limits.min_honest:
         yield f"threshold less colluders is {honest}, min_honest is {limits.min_honest}"
+
+
+def _roster_reasons(
+    plan: StudyPlan, limits: DatasetPolicy, roster: Mapping[str, bytes]
+) -> Iterator[str]:
     allowed = set(limits.roster)
-    for name in cohort.names:
+    for name in plan.cohort.names:
         if name not in roster:
             yield f"no identity is pinned for {name}"
         elif fingerprint(roster[name]) not in allowed:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from shared.config import require
 from shared.errors import FedwardError
+from simulations.cli_plan import add_plan
 from simulations.cli_sweep import add_sweep
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ examples:
   fedward-sim run nodules --baselines               a CNN on drawn images, with baselines
   fedward-sim run heart --data FOLDER --set privacy.epsilon=2
   fedward-sim sweep heart --data FOLDER             accuracy against epsilon, both privacy modes
+  fedward-sim plan heart --policy va=policy.toml    what it would cost, and who would refuse
   fedward-sim list
 
 exit codes: 0 done; 2 usage or configuration; 3 refused by policy or budget; 4 protocol failure;
@@ -72,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.set_defaults(debug=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
+    add_plan(commands, DEFAULT_SCENARIO)
     add_sweep(commands, DEFAULT_SCENARIO)
     listing = commands.add_parser("list", help="list the scenarios that ship with Fedward")
     listing.add_argument("--debug", action="store_true", help="show tracebacks")
