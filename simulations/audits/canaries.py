@@ -59,18 +59,24 @@ def gradients(plan: StudyPlan, start: FlatVector, data: PatientDataset) -> NDArr
 
 
 def candidates(
-    plan: StudyPlan, count: int, rng: np.random.Generator, *, tame: bool = False
+    plan: StudyPlan,
+    count: int,
+    rng: np.random.Generator,
+    *,
+    tame: bool = False,
+    labelled: bool = False,
 ) -> PatientDataset:
     """Unlike patients of the plan's shape: both labels, 1 to 3 records, faint to far too strong.
 
     Args:
         tame: All records positive and none out of range, so that one start saturates them all.
+        labelled: One record each, in range, with labels of both kinds.
     """
     most = plan.training.max_records_per_patient
-    counts = [min(most, 1 + i % 3) for i in range(count)]
+    counts = [1 if labelled else min(most, 1 + i % 3) for i in range(count)]
     owners = np.repeat(np.arange(count), counts).astype(np.int64)
     shape = input_shape(plan)
-    strengths = np.where(tame, 1.0, STRENGTHS[owners % len(STRENGTHS)])
+    strengths = np.where(tame or labelled, 1.0, STRENGTHS[owners % len(STRENGTHS)])
     inputs = np.stack([s * _record(shape, rng) for s in strengths])
     labels = ((rng.random(len(owners)) < 0.5) | tame).astype(np.int64)
     names = tuple(f"canary-{i}" for i in range(count))
