@@ -27,6 +27,9 @@ plan's categories, -1 where missing, for a category."""
 
 MISSING_CATEGORY = -1
 
+PRETRAINED_WIDTHS = {"resnet18": 512, "resnet50": 2048}
+"""Features of an image by a pretrained network, see shared/pretrained.py."""
+
 
 @dataclass(frozen=True)
 class ZScore:
@@ -50,6 +53,8 @@ def feature_width(task: TaskPlan) -> int:
     """
     if task.image is not None and task.image.features == "scattering":
         return scattering_width(task.image.channels, task.image.cells)
+    if task.image is not None and task.image.features != "pixels":
+        return PRETRAINED_WIDTHS[task.image.features]
     return len(column_names(task))
 
 
@@ -132,7 +137,13 @@ def image_inputs(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.fl
 
 def features_of_scaled(image: ImagePlan, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
     """The second half of `image_inputs`, for readers that scale images themselves."""
-    return scaled if image.features == "pixels" else scattering(scaled, image.cells)
+    if image.features == "pixels":
+        return scaled
+    if image.features == "scattering":
+        return scattering(scaled, image.cells)
+    from shared.pretrained import pretrained  # noqa: PLC0415  # torch takes seconds to import
+
+    return pretrained(scaled, image.features, image.weights_sha256)
 
 
 def scale_pixels(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -26,6 +26,7 @@ SCATTERING_STEP = 4
 """The coarsest wavelets of features "scattering" are kept at every fourth pixel."""
 
 NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,8 @@ class ImagePlan:
 
     `features` "scattering" turns a flat image into fixed features that nobody's data shaped
     (shared/scattering.py), averaged over cells x cells parts of it; a table's models train on them.
+    So they do on "resnet18" and "resnet50": features by a frozen, pretrained network whose
+    weights' file, in torchvision's layout, `weights_sha256` pins (shared/pretrained.py).
     """
 
     channels: int
@@ -84,8 +87,9 @@ class ImagePlan:
     depth: int = 0
     black: float = 0.0
     white: float = 255.0
-    features: Literal["pixels", "scattering"] = "pixels"
+    features: Literal["pixels", "scattering", "resnet18", "resnet50"] = "pixels"
     cells: int = 1
+    weights_sha256: str = ""
 
     def __post_init__(self) -> None:
         require(self.channels in (1, 3), f"channels is {self.channels}; valid: 1 or 3")
@@ -101,6 +105,15 @@ class ImagePlan:
         )
         most = min(self.height, self.width) // SCATTERING_STEP
         require(1 <= self.cells <= most, f"cells is {self.cells}; valid: 1 to {most}")
+        frozen = self.features in ("resnet18", "resnet50")
+        require(
+            bool(_SHA256.fullmatch(self.weights_sha256)) if frozen else not self.weights_sha256,
+            "weights_sha256 pins a pretrained network's file: 64 hex digits with features "
+            "'resnet18' or 'resnet50', and nothing without",
+        )
+        require(
+            not (frozen and self.depth), f"features {self.features!r} needs a flat image: depth 0"
+        )
         if self.features == "scattering":
             require(
                 self.depth == self.height % SCATTERING_STEP == self.width % SCATTERING_STEP == 0,

@@ -69,7 +69,7 @@ def build_model(plan: StudyPlan) -> nn.Module:
 
 def input_shape(plan: StudyPlan) -> tuple[int, ...]:
     """The shape of one record: (features,), or (channels, [depth,] height, width)."""
-    if plan.task.image is None or plan.task.image.features == "scattering":
+    if plan.task.image is None or plan.task.image.features != "pixels":
         return (feature_width(plan.task),)
     return (plan.task.image.channels, *plan.task.image.grid)
 

@@ -113,7 +113,7 @@ def _require_table(plan: StudyPlan, kinds: tuple[str, ...] = ()) -> None:
     require(
         image is None or image.features != "pixels",
         f"model {name!r} needs a table, and the task has an image; use cnn or resnet18, "
-        "or image.features = 'scattering'",
+        "or image.features = 'scattering' or a pretrained network's",
     )
     require(
         not kinds or plan.task.kind in kinds,

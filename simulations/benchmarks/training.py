@@ -1,7 +1,7 @@
 """A private step against an ordinary one: Opacus' modes and ours, time and memory.
 
     python -m simulations.benchmarks.training [--models mlp cnn28 ...] [--batches 32 64 256]
-        [--memory] [--quick] [--json FILE]
+        [--memory | --study] [--quick] [--json FILE]
 
 A step is forward, backward, clipping (C = 1, one record a patient) and the optimiser's step, on
 one batch of made-up records. Noise is left out of all of them and measured apart ("noise"): it
@@ -9,6 +9,9 @@ depends on the generator and the number of parameters alone. Variants of a row t
 fastest of each counts. CPU seconds, one torch thread. Ordinary training is tuned as well as ours:
 both are tried in every memory layout of the model and cut into micro-batches or whole, and the
 best counts; torch.compile is tried with --compile.
+
+--study runs `fedward-sim run nodules` end to end, with our engine and with Opacus' own hooks in its
+place, in turns, at the physical batches that each chooses; CPU seconds of the whole command.
 
 --memory prints the peak resident memory of one step above the moment before it, each variant in
 a process of its own.
@@ -19,26 +22,33 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import resource
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
 from opacus import PrivacyEngine
+from opacus.grad_sample import GradSampleModule
 from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import DataLoader, TensorDataset
 
-from client.clipping import PatientClipper
-from client.engines import choose_engine
+import client.run
+from client.clipping import PatientClipper, RecordGradients
+from client.engines import EngineName, choose_engine
 from client.noise import ChaChaRandom
 from simulations.benchmarks.report import Row, best_of, parser, publish
 from simulations.benchmarks.training_models import CASES, Case, records
+from simulations.cli import main as simulate
 
 OPACUS = ("hooks", "ew", "ghost")
+ENGINES: tuple[EngineName, ...] = ("book-keeping", "hooks")
 MICRO = 64
 SECONDS = 2.5
 """About how long one variant is measured."""
@@ -52,11 +62,15 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--models", nargs="+", choices=sorted(CASES), default=list(CASES))
     options.add_argument("--batches", nargs="+", type=int)
     options.add_argument("--memory", action="store_true", help="measure peak memory, not time")
+    options.add_argument("--study", action="store_true", help="measure a whole simulated study")
     options.add_argument("--compile", action="store_true", help="try torch.compile on ordinary")
     chosen = options.parse_args(arguments)
     warnings.filterwarnings("ignore", category=UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     torch.set_num_threads(1)
+    if chosen.study:
+        publish(*study_rows(chosen), chosen.json)
+        return
     batches = chosen.batches or ([8] if chosen.quick else [32, 64, 256])
     measure = memory_row if chosen.memory else time_row
     rows: list[Row] = []
@@ -94,6 +108,33 @@ def time_row(name: str, batch: int, chosen: Any) -> dict[str, Any]:
         row[f"{kind}_by"] = min(mine, key=lambda v: mine[v]).partition(" ")[2]
     row |= {mode: 1e3 * best[mode] if mode in best else None for mode in OPACUS}
     return row | {"noise": _noise_ms(case), "turns": turns}
+
+
+def study_rows(chosen: Any) -> tuple[list[Row], dict[str, float]]:
+    """CPU seconds of `fedward-sim run nodules` by engine, the best of some turns."""
+    least: dict[str, float] = {}
+    for _ in range(1 if chosen.quick else min(2, chosen.repetitions)):
+        for engine in ENGINES:
+            with tempfile.TemporaryDirectory() as folder, _forced(engine):
+                began = time.process_time()
+                rounds = ["--rounds", "2"] if chosen.quick else []
+                code = simulate(["run", "nodules", "--quiet", "--out", f"{folder}/run", *rounds])
+                assert code == 0
+                least[engine] = min(least.get(engine, float("inf")), time.process_time() - began)
+    rows: list[Row] = [{"engine": name, "cpu_s": seconds} for name, seconds in least.items()]
+    return rows, {"study_hooks_to_ours": least["hooks"] / least["book-keeping"]}
+
+
+@contextmanager
+def _forced(engine: EngineName) -> Iterator[None]:
+    """Every trainer takes this engine; Opacus' hooks with Opacus' own convolution."""
+    client.run.check_once.cache_clear()
+    with (
+        patch("client.training.choose_engine", lambda _, *rest: choose_engine(engine, *rest)),
+        patch.object(RecordGradients, "GRAD_SAMPLERS", GradSampleModule.GRAD_SAMPLERS),
+    ):
+        yield
+    client.run.check_once.cache_clear()
 
 
 def memory_row(name: str, batch: int, chosen: Any) -> dict[str, Any]:
@@ -178,7 +219,8 @@ def opacus(case: Case, inputs: Tensor, labels: Tensor, mode: str) -> Step:
     """A step as Opacus' documentation has it, in one of its modes, without noise."""
     module = _module(case, "contiguous")
     batches = DataLoader(TensorDataset(inputs, labels), batch_size=len(inputs))
-    module = ModuleValidator.fix(module)  # nn.GRU becomes Opacus' own
+    if not ModuleValidator.is_valid(module):
+        module = ModuleValidator.fix(module)  # nn.GRU becomes Opacus' own
     made = PrivacyEngine().make_private(
         module=module,
         optimizer=torch.optim.SGD(module.parameters(), lr=1e-3),
