@@ -11,13 +11,9 @@ SITE/health.json   what runs, since when; there only while `up` runs
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import secrets
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from client.bundle import check_hooks
@@ -26,9 +22,7 @@ from client.site_metrics import site_metrics, tally_file
 from shared.errors import ConfigError
 from shared.exposition import serve_metrics
 from shared.kit import Address
-from shared.supervise import Child, Supervisor, environment
-
-LOOPBACK = "127.0.0.1"
+from shared.supervise import LOOPBACK, Child, Supervisor, alone, environment, free_port
 
 
 def health_file(folder: SiteFolder) -> Path:
@@ -75,11 +69,11 @@ def up(folder: SiteFolder, metrics: Address | None = None) -> None:
         PolicyError: policy.toml is missing or unusable.
     """
     _check(folder)
-    with _alone(folder.path):
+    with alone(folder.path, "fedward-site up"):
         env = environment(folder.path / "flower")
         _write_secret(_secret_file(folder))
         supervisor = Supervisor(
-            children(folder, _free_port()),
+            children(folder, free_port()),
             logs=folder.path / "logs",
             health=health_file(folder),
             env=env,
@@ -115,20 +109,3 @@ def _write_secret(file: Path) -> None:
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as target:
         target.write(secrets.token_hex(32))
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Two SuperNodes with one key would take each other's messages."""
-    with (path / "up.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"fedward-site up already runs in {path}") from None
-        yield

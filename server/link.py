@@ -9,7 +9,6 @@ proxy      the outside's only way in, see server/proxy.py
 from __future__ import annotations
 
 import hashlib
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,17 +33,9 @@ from server.project import Project
 from shared.bundle import RUN_FOLDER, build_bundle
 from shared.errors import FedwardError
 from shared.kit import load_node_key
-from shared.supervise import Child
+from shared.supervise import LOOPBACK, Child
 
-LOOPBACK = "127.0.0.1"
 SERVERAPP_POLL_S = "0.5"
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind((LOOPBACK, 0))
-        return int(probe.getsockname()[1])
 
 
 def children(project: Project, link_port: int) -> tuple[Child, ...]:

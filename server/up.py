@@ -7,7 +7,6 @@ PROJECT/health.json   what runs, since when, and which sites are connected; only
 
 from __future__ import annotations
 
-import fcntl
 import threading
 import time
 from collections.abc import Iterator
@@ -15,13 +14,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from server.link import Link, children, connect, free_port, node_key_bytes
+from server.link import Link, children, connect, node_key_bytes
 from server.project import Project
 from server.project_metrics import project_metrics
 from shared.errors import ConfigError, FedwardError
 from shared.exposition import serve_metrics
 from shared.kit import Address
-from shared.supervise import Supervisor, environment, read_health
+from shared.supervise import Supervisor, alone, environment, free_port, read_health
 
 LOOK_S = 5.0
 
@@ -37,7 +36,7 @@ def up(project: Project, metrics: Address | None = None) -> None:
         ConfigError: a file is missing or wrong, or the project runs already.
     """
     _check(project)
-    with _alone(project.path):
+    with alone(project.path, "fedward-server up"):
         port = free_port()
         gate = _Gate(project, port)
         supervisor = Supervisor(
@@ -132,13 +131,3 @@ def _check(project: Project) -> None:
             raise ConfigError(
                 f"{file} does not exist. Begin a project: fedward-server project init"
             )
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    with (path / "up.lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"fedward-server up already runs in {path}") from None
-        yield

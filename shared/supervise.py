@@ -7,22 +7,28 @@ ended by the ids that the supervisor started, never by name.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from shared.errors import ConfigError
+
+LOOPBACK = "127.0.0.1"
 HEALTH_SCHEMA = "fedward-health/1"
 LOG_BYTES, LOG_FILES = 10 << 20, 5
 _FIRST_WAIT_S, _LONGEST_WAIT_S = 1.0, 60.0
@@ -76,6 +82,28 @@ class Child:
         return [sys.executable, "-P", "-m", "shared.child", self.call, *self.arguments]
 
 
+def free_port() -> int:
+    """A port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def alone(folder: Path, command: str) -> Iterator[None]:
+    """Within the block no other process of this machine is within it for the same folder.
+
+    Raises:
+        ConfigError: one is; `command` names it.
+    """
+    with (folder / "up.lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ConfigError(f"{command} already runs in {folder}") from None
+        yield
+
+
 def environment(home: Path) -> dict[str, str]:
     """What children inherit: Flower quiet, its files in `home`, loopback never through a proxy.
 
@@ -84,7 +112,7 @@ def environment(home: Path) -> dict[str, str]:
     """
     home.mkdir(parents=True, exist_ok=True)
     commands = str(Path(sys.executable).parent)
-    loopback = "127.0.0.1,localhost"
+    loopback = f"{LOOPBACK},localhost"
     given = os.environ.get("NO_PROXY") or os.environ.get("no_proxy")
     beyond = f"{loopback},{given}" if given else loopback
     return {

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,7 +26,7 @@ from server.project import Project, ProjectSettings
 from server.runs import all_runs
 from shared.errors import FedwardError
 from shared.plan import StudyPlan
-from shared.supervise import environment, read_health
+from shared.supervise import environment, free_port, read_health
 from shared.version import fedward_version
 from simulations.hospitals import Hospital, load_hospitals
 from simulations.scenario import Scenario, load_scenario, plan_toml
@@ -35,13 +34,6 @@ from simulations.sites import approve, write_sites
 
 ROOT = Path(__file__).resolve().parent.parent
 NODE_FILES = ("node_key", "node_key.pub", "kit.json", "coordinator.json", "request.json")
-
-
-def free_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(

@@ -28,12 +28,11 @@ from typing import Any
 
 from client.config import SiteFolder
 from shared.errors import FedwardError
-from shared.supervise import write_json
+from shared.supervise import free_port, write_json
 from simulations.deployment import (
     Deployment,
     breast_cancer,
     deployed,
-    free_port,
     wait_for,
 )
 from simulations.fault_list import FAULTS

@@ -31,8 +31,8 @@ from client.enrolment import make_node_key
 from server.link import Link, connect
 from server.up import running_link
 from shared.bundle import RUN_FOLDER, build_bundle, pack
-from shared.supervise import environment
-from simulations.deployment import Deployment, breast_cancer, deployed, free_port, wait_for
+from shared.supervise import environment, free_port
+from simulations.deployment import Deployment, breast_cancer, deployed, wait_for
 from simulations.replay import in_process
 from simulations.scenario import Scenario
 
