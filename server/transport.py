@@ -102,7 +102,7 @@ class GridTransport:
 
     def _find(self, action: str, sites: tuple[str, ...]) -> None:
         """Look the sites' nodes up; before set-up and before a round, wait for enough of them."""
-        needed = {"join": len(sites), "round": min(self._quorum, len(sites))}.get(action, 0)
+        needed = min(self._quorum, len(sites)) if action in ("join", "round") else 0
         deadline, told = self._clock() + self._connect_timeout_s, False
         while True:
             self._node_of = dict(self._directory()) if self._directory is not None else {}
@@ -145,6 +145,7 @@ class GridTransport:
             CohortError: too few nodes are connected.
         """
         nodes = self._nodes_to_ask(least, among)
+        self._exchanging("rollcall")
         replies = self._send("rollcall", dict.fromkeys(nodes, body), timeout_s)
         present: dict[str, bytes] = {}
         for node, reply in self._accepted("rollcall", replies, {}).items():

@@ -69,7 +69,7 @@ def transport(clock: Clock, told: list[Any], grid: Any) -> GridTransport:
     """One that waits at most 60 s, for 3 of 4 sites."""
     return GridTransport(
         grid,
-        4,
+        SITES,
         connect_timeout_s=60.0,
         directory=clock.directory,
         quorum=3,
@@ -100,10 +100,29 @@ def test_a_round_does_not_wait_for_sites_beyond_the_threshold() -> None:
     assert clock.now < 1.0
 
 
-def test_set_up_waits_for_every_site() -> None:
+def roll_call(clock: Clock, told: list[Any], least: int) -> None:
+    """The first message of a study."""
+    transport(clock, told, Grid()).roll_call(b"?", lambda reply: "a", least=least, timeout_s=5.0)
+
+
+def test_a_study_begins_once_every_site_is_there() -> None:
     clock, told = Clock({0.0: ("a", "b", "c"), 30.0: SITES}), list[Any]()
-    assert set(transport(clock, told, Grid()).exchange("join", REQUESTS, 5.0)) == set(SITES)
-    assert told[0] == ("d",)
+    roll_call(clock, told, 3)
+    assert told == [("d",)] * 30 + [(), "rollcall"]
+
+
+def test_a_study_begins_without_the_absent_when_the_wait_is_over() -> None:
+    clock, told = Clock({0.0: ("a", "b", "c")}), list[Any]()
+    roll_call(clock, told, 3)
+    assert told[-2:] == [(), "rollcall"]
+    assert 60.0 <= clock.now < 65.0
+
+
+def test_a_study_does_not_begin_below_the_threshold() -> None:
+    clock, told = Clock({0.0: ("a", "b")}), list[Any]()
+    with pytest.raises(CohortError, match="2 of 4 sites"):
+        roll_call(clock, told, 3)
+    assert "rollcall" not in told
 
 
 def test_phases_within_a_round_go_on_with_whoever_is_there() -> None:
