@@ -15,6 +15,7 @@ from client import (
     commands_evidence,
     commands_ledger,
     commands_log,
+    commands_model,
     commands_recover,
     commands_run,
     commands_study,
@@ -64,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_log.add_commands(commands)
     commands_evidence.add_commands(commands)
     commands_recover.add_commands(commands)
+    commands_model.add_commands(commands)
     commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()
     folder_option(parser, "--site", default, "the site's folder, with site.toml")

@@ -117,6 +117,25 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
     return Reading(data, notes)
 
 
+def read_inputs(
+    path: Path, mapping: TableMapping, task: TaskPlan
+) -> tuple[NDArray[np.float32], tuple[str, ...]]:
+    """Inputs of new patients, without labels, and whose each row is: (rows, width), (rows,).
+
+    Raises:
+        ConfigError: as `read_table`; a missing value that the plan refuses stops the reading.
+    """
+    sources = {f.name: mapping.of(f.name).column or f.name for f in task.features}
+    also = [mapping.patient, *(mapping.of(name).since for name in sources)]
+    wanted = [*sources.values(), *(column for column in also if column)]
+    table = read_columns(path, wanted, header=mapping.header, delimiter=mapping.delimiter)
+    rows = len(table[wanted[0]])
+    require(rows > 0, f"{path} has no data rows. Check that the export is complete.")
+    columns = {f.name: _read_feature(path, table, f, mapping) for f in task.features}
+    _refuse_wrong_units(path, task, columns, sources)
+    return encode(task, columns, str(path)), tuple(_read_patients(path, table, mapping, rows))
+
+
 def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
     """Distinct identifiers in order of first appearance, and each record's index among them."""
     index: dict[str, int] = {}
