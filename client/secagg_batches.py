@@ -84,7 +84,7 @@ def deal_batch(site: Site, batch: int, first_round: int) -> bytes:
             key = transcript.sealing_key(share_keys[holder], site.name, holder)
             where = transcript.sealing_context(session, batch, first_round, site.name, holder)
             sealed = keys.seal(key, held.tobytes(), nonce_context=where)
-            checks = _checks(partner_keys.get(holder, b""))
+            checks = transcript.check_values(partner_keys.get(holder, b""))
         parts.append(encode(Shares(sealed, _tags(slots, site.name, holder, held), checks)))
     message = sign_deal(site, S3, (batch, first_round), common, [*parts, b"".join(wrapped)])
     own = OwnBatch(
@@ -114,9 +114,10 @@ def confirm_batch(site: Site, s3: bytes, members: tuple[str, ...] | None) -> byt
     rounds = session.prekey_rounds
     shares = np.empty((rounds, len(members), 64), np.uint8)
     commitments = np.empty((rounds, len(members), 64), np.uint8)
+    slots = transcript.slots(session, own.batch, own.first_round)
     for place, item in enumerate(items):
         try:
-            shares[:, place] = _open_shares(site, own, item)
+            shares[:, place] = _open_shares(site, own, item, slots)
         except ProtocolError as error:
             raise BadDealError(item.sender, str(error)) from error
         commitments[:, place] = np.frombuffer(item.common, np.uint8).reshape(rounds, 64)
@@ -245,7 +246,7 @@ def _step_chains(site: Site, batch: int) -> tuple[dict[str, bytes], dict[str, by
     return mask_keys, share_keys
 
 
-def _open_shares(site: Site, own: OwnBatch, item: Delivered) -> Bytes:
+def _open_shares(site: Site, own: OwnBatch, item: Delivered, slots: Sequence[bytes]) -> Bytes:
     """S4.2 to S4.4: unseal one dealer's shares, check them against tags and check values."""
     session, dealer = site.session, item.sender
     if len(item.common) != 64 * session.prekey_rounds:
@@ -259,28 +260,17 @@ def _open_shares(site: Site, own: OwnBatch, item: Delivered) -> Bytes:
     if len(raw) != 64 * session.prekey_rounds:
         raise ProtocolError(f"{dealer}: shares have {len(raw)} bytes")
     shares = np.frombuffer(raw, np.uint8).reshape(session.prekey_rounds, 64)
-    slots = transcript.slots(session, own.batch, own.first_round)
     if part.tags != _tags(slots, dealer, site.name, shares):
         raise ProtocolError(f"{dealer} dealt {site.name} a share that does not match its tag")
-    expected = _checks(own.partner_keys.get(dealer, b""))
+    expected = transcript.check_values(own.partner_keys.get(dealer, b""))
     if dealer != site.name and part.checks != expected:
         raise ProtocolError(f"{dealer} and {site.name} do not hold the same mask keys")
     return shares
 
 
 def _tags(slots: Sequence[bytes], dealer: str, holder: str, shares: Bytes) -> bytes:
-    tags = []
-    for at, row in zip(slots, shares, strict=True):
-        self_share, recovery_share = halves(row.tobytes())
-        tags.append(transcript.share_tag(at, dealer, holder, transcript.SELF, self_share))
-        tags.append(transcript.share_tag(at, dealer, holder, transcript.RECOVERY, recovery_share))
-    return b"".join(tags)
-
-
-def _checks(round_keys: bytes) -> bytes:
-    return b"".join(
-        transcript.check_value(round_keys[at : at + 32]) for at in range(0, len(round_keys), 32)
-    )
+    rows = [halves(row.tobytes()) for row in shares]
+    return transcript.share_tags(slots, dealer, holder, rows)
 
 
 def _unseal(key: bytes, sealed: bytes, where: bytes) -> bytes:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from server.lazy import Lazy
 from server.progress import Progress, SiteProgress
 from server.secagg import Relay
 from shared.errors import CohortError
@@ -130,11 +131,8 @@ class Setter:
         witness.epoch()
         for step, take in ((2, relay.encapsulated), (3, relay.dealt), (4, relay.confirmed)):
             witness.deliveries(requests[terms.members[0]])
-            bodies = {
-                name: encode(SetupStep(self.run_id, step, body, terms.epoch))
-                for name, body in requests.items()
-            }
-            requests = take(self._all("setup", bodies))
+            bodies = functools.partial(self._step, terms.epoch, step, requests)
+            requests = take(self._all("setup", Lazy(terms.members, bodies)))
         witness.activation(requests[terms.members[0]])
         for record in records:
             self.keep(record)
@@ -142,6 +140,9 @@ class Setter:
         at.sites = {n: SiteProgress(requests[n], seen=at.published) for n in terms.members}
         at.results.clear()
         self.save()
+
+    def _step(self, epoch: int, step: int, bodies: Mapping[str, bytes], name: str) -> bytes:
+        return encode(SetupStep(self.run_id, step, bodies[name], epoch))
 
     def _all(self, action: str, requests: Mapping[str, bytes]) -> dict[str, bytes]:
         """A set-up needs every site of its epoch."""

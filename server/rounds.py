@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from server.checkpoint import Checkpoints
 from server.epochs import Setter, newcomers, outsiders, postpone
 from server.evidence import NoRecord, Recorder
+from server.lazy import Lazy
 from server.outcome import Observer, RoundReport, StudyOutcome, Traffic
 from server.progress import Keeper, Progress
 from server.rollcall import RollCall
@@ -337,7 +338,7 @@ class Study:
         if self._underway:
             asked = self._relay.go_on(self._underway)
             self._underway = b""
-        requests = {name: encode(self._request(name, openings[name])) for name in asked}
+        requests = Lazy(asked, lambda name: encode(self._request(name, openings[name])))
         for name, reply in self.transport.exchange("round", requests, self._timeout_s).items():
             try:
                 self._relay.add_masked(name, reply)

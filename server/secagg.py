@@ -30,8 +30,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Annotated
 
+from server.lazy import Lazy
 from server.secagg_prekeys import Prekeys, SavedPrekeys
 from server.secagg_recheck import Kept, Openings, Rechecks
 from server.secagg_refill import Refill, Stage
@@ -96,16 +98,16 @@ class Relay:
 
     # Set-up.
 
-    def advertised(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
+    def advertised(self, replies: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """S1 of every site in, each site's request for S2 out.
 
         Raises:
             ProtocolError: a site is missing or its message is bad; it is named.
         """
         self._s1 = self._deals(replies, S1)
-        return {name: deliveries(self.session, self._s1, name) for name in self.session.names}
+        return Lazy(self.session.names, partial(deliveries, self.session, self._s1))
 
-    def encapsulated(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
+    def encapsulated(self, replies: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """S2 of every site in, each site's request for S3 out."""
         s2 = self._deals(replies, S2)
         names = self.session.names
@@ -114,13 +116,13 @@ class Relay:
         )
         self._prekeys = Prekeys(self.session, setup, self.faults)
         self._first = Refill(self.session, setup, 0, self.session.first_round)
-        return {name: deliveries(self.session, s2, name) for name in names}
+        return Lazy(names, partial(deliveries, self.session, s2))
 
-    def dealt(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
+    def dealt(self, replies: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """S3 of every site in, each site's request for S4 out."""
         return self._first_batch(replies, Stage.DEALING)
 
-    def confirmed(self, replies: Mapping[str, bytes]) -> dict[str, bytes]:
+    def confirmed(self, replies: Mapping[str, bytes]) -> Mapping[str, bytes]:
         """S4 of every site in, each site's S5 out; rounds may begin once a site has its S5."""
         return self._first_batch(replies, Stage.CONFIRMING)
 
@@ -380,7 +382,7 @@ class Relay:
         place = (step, 0, self.session.first_round)
         return {n: check_deal(self.session, n, replies[n], place) for n in self.session.names}
 
-    def _first_batch(self, replies: Mapping[str, bytes], stage: Stage) -> dict[str, bytes]:
+    def _first_batch(self, replies: Mapping[str, bytes], stage: Stage) -> Mapping[str, bytes]:
         refill = self._first
         if refill is None or refill.stage is not stage:
             raise ProtocolError("the steps of the set-up are out of order")
@@ -391,7 +393,7 @@ class Relay:
             refill.reply(name, replies[name])
         if stage is Stage.DEALING:
             refill.close_dealing()
-            return {name: refill.request(name) for name in self.session.names}
+            return Lazy(self.session.names, refill.request)
         batch = refill.finish()
         self._prekeys.add_first(batch)
         self._first = None

@@ -96,8 +96,7 @@ class GridTransport:
             self._find(action, tuple(requests))
         self._exchanging(action)
         names = {self._node_of[site]: site for site in requests if site in self._node_of}
-        nodes = {node: requests[site] for node, site in names.items()}
-        replies = self._send(action, nodes, timeout_s)
+        replies = self._send(action, names, lambda node: requests[names[node]], timeout_s)
         return {names[node]: body for node, body in self._accepted(action, replies, names).items()}
 
     def _find(self, action: str, sites: tuple[str, ...]) -> None:
@@ -146,7 +145,7 @@ class GridTransport:
         """
         nodes = self._nodes_to_ask(least, among)
         self._exchanging("rollcall")
-        replies = self._send("rollcall", dict.fromkeys(nodes, body), timeout_s)
+        replies = self._send("rollcall", nodes, lambda node: body, timeout_s)
         present: dict[str, bytes] = {}
         for node, reply in self._accepted("rollcall", replies, {}).items():
             try:
@@ -202,27 +201,37 @@ class GridTransport:
                 )
             self._sleep(self._poll_s)
 
-    def _send(self, action: str, bodies: Mapping[int, bytes], timeout_s: float) -> dict[int, bytes]:
-        """Push one message to each node and pull until all answered or the time is up."""
+    def _send(
+        self,
+        action: str,
+        nodes: Collection[int],
+        body_for: Callable[[int], bytes],
+        timeout_s: float,
+    ) -> dict[int, bytes]:
+        """Push one message to each node and pull until all answered or the time is up.
+
+        Messages are made one after the other: all of a round's together may not fit.
+        """
         kind, tally = MESSAGE_TYPES[action], self.traffic.setdefault(action, Traffic())
-        messages = [
-            self._grid.create_message(content(body), kind, node, group_id=action, ttl=timeout_s)
-            for node, body in bodies.items()
-        ]
-        for body in bodies.values():
+        sent: dict[str, int] = {}
+        for node in nodes:
+            body = body_for(node)
+            message = self._grid.create_message(
+                content(body), kind, node, group_id=action, ttl=timeout_s
+            )
             tally.messages += 1
             tally.bytes_down += len(body)
             tally.largest = max(tally.largest, len(body))
-        sent = dict(zip(self._grid.push_messages(messages), bodies, strict=True))
+            sent |= dict.fromkeys(self._grid.push_messages([message]), node)
         replies: dict[int, bytes] = {}
         deadline = self._clock() + timeout_s
         while sent:
             for message in self._grid.pull_messages(list(sent)):
                 # An error reply has the SuperLink's node id: the request's id tells whose it is.
-                node = sent.pop(message.metadata.reply_to_message_id, None)
+                sender = sent.pop(message.metadata.reply_to_message_id, None)
                 answer = self._body(action, message)
-                if node is not None and answer is not None:
-                    replies[node] = answer
+                if sender is not None and answer is not None:
+                    replies[sender] = answer
                     tally.messages += 1
                     tally.bytes_up += len(answer)
                     tally.largest = max(tally.largest, len(answer))

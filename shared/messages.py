@@ -144,6 +144,11 @@ class Fixed:
             raise _fail(where, f"must be {self.size} bytes")
         out.append(value)
 
+    def fits(self, values: tuple[Any, ...]) -> bool:
+        """Whether `write` would take every one of these."""
+        size = self.size
+        return all(type(value) is bytes and len(value) == size for value in values)
+
     def read(self, data: memoryview, at: int, where: str) -> tuple[bytes, int]:
         """Read `size` bytes."""
         end = _need(data, at, self.size, where)
@@ -223,12 +228,20 @@ class Many:
         if type(value) is not tuple or len(value) > self.limit:
             raise _fail(where, f"must be a tuple of at most {self.limit}")
         out.append(_COUNT.pack(len(value)))
+        if isinstance(self.item, Fixed) and self.item.fits(value):
+            out.extend(value)
+            return
         for entry in value:
             self.item.write(out, entry, where)
 
     def read(self, data: memoryview, at: int, where: str) -> tuple[tuple[Any, ...], int]:
         """Read count and items."""
         count, at = _read_count(data, at, self.limit, where)
+        if isinstance(self.item, Fixed):
+            size = self.item.size
+            end = _need(data, at, count * size, where)
+            raw = bytes(data[at:end])
+            return tuple(raw[i : i + size] for i in range(0, len(raw), size)), end
         values = []
         for _ in range(count):
             value, at = self.item.read(data, at, where)

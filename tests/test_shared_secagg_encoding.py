@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared.secagg.encoding import Field, digest, encode
+from shared.secagg import transcript
+from shared.secagg.encoding import (
+    Field,
+    digest,
+    digest_over_hashes,
+    digester,
+    encode,
+    encode_items,
+)
 
 fields = st.lists(st.binary(max_size=40) | st.integers() | st.text(max_size=20), max_size=6)
 DECODERS: dict[bytes, Callable[[bytes], Field]] = {
@@ -62,3 +70,34 @@ def test_the_bytes_are_fixed() -> None:
 def test_other_types_are_refused(field) -> None:
     with pytest.raises(TypeError):
         encode("a", field)
+
+
+hashes = st.lists(st.binary(min_size=32, max_size=32), max_size=5)
+
+
+@given(st.text(max_size=10), fields, hashes)
+def test_fast_forms_give_the_same_digest(label: str, some: list[Field], parts: list[bytes]) -> None:
+    plain = digest(label, *some, *parts)
+    assert digest_over_hashes(label, some, parts) == plain
+    for cut in range(len(some) + 1):
+        finish = digester(label, *some[:cut])
+        assert finish(encode_items(*some[cut:], *parts)) == plain
+
+
+def test_a_hash_of_another_size_is_refused() -> None:
+    for wrong in (bytes(31), bytes(33), bytearray(32)):
+        with pytest.raises(TypeError):
+            digest_over_hashes("t", (), [bytes(32), wrong])  # type: ignore[list-item]
+
+
+@given(hashes, st.text(max_size=8), st.text(max_size=8), st.randoms(use_true_random=False))
+def test_tags_of_a_batch_are_the_single_ones(slots, owner, holder, rng) -> None:  # type: ignore[no-untyped-def]
+    shares = [(rng.randbytes(32), rng.randbytes(32)) for _ in slots]
+    single = [
+        transcript.share_tag(at, owner, holder, kind, share)
+        for at, pair in zip(slots, shares, strict=True)
+        for kind, share in zip((transcript.SELF, transcript.RECOVERY), pair, strict=True)
+    ]
+    assert transcript.share_tags(slots, owner, holder, shares) == b"".join(single)
+    checks = [transcript.check_value(at) for at in slots]
+    assert transcript.check_values(b"".join(slots)) == b"".join(checks)

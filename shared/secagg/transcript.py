@@ -9,13 +9,20 @@ from collections.abc import Iterable, Sequence
 
 from shared.errors import ProtocolError
 from shared.identity import verify
-from shared.secagg.encoding import digest, encode
+from shared.secagg.encoding import (
+    digest,
+    digest_over_hashes,
+    digester,
+    encode,
+    encode_items,
+)
 from shared.secagg.keys import hkdf
 from shared.secagg.messages import Attestation, Contribution
 from shared.secagg.session import Session
 
 TAG_BYTES = 16
 SELF, RECOVERY = "self", "recovery"
+_share_head = encode_items(bytes(32))[:-32]  # type and length of an item of 32 bytes
 
 # What a signature is for; `identity.sign` binds it.
 DEAL = "secagg deal"
@@ -40,7 +47,7 @@ def deal_digest_of_hashes(
     head: bytes, sender: str, common_hash: bytes, part_hashes: Sequence[bytes]
 ) -> bytes:
     """`deal_digest` for who has the hash of the common part alone."""
-    return digest("deal", head, sender, common_hash, *part_hashes)
+    return digest_over_hashes("deal", (head, sender, common_hash), part_hashes)
 
 
 def part_hash(part: bytes) -> bytes:
@@ -84,6 +91,31 @@ def recovery_commitment(at: bytes, owner: str, key: bytes, wrapped: bytes) -> by
 def share_tag(at: bytes, owner: str, holder: str, kind: str, share: bytes) -> bytes:
     """16 bytes that commit to one share; a share is uniform, so they say nothing of it."""
     return digest("share", at, owner, holder, kind, share)[:TAG_BYTES]
+
+
+def share_tags(
+    slots: Sequence[bytes], owner: str, holder: str, shares: Sequence[tuple[bytes, bytes]]
+) -> bytes:
+    """The tags of one holder's shares of one owner's keys, round by round, self mask first.
+
+    Args:
+        slots: Of the batch's rounds.
+        shares: For each round the share of the self-mask key and that of the recovery key.
+    """
+    kinds = [encode_items(owner, holder, kind) + _share_head for kind in (SELF, RECOVERY)]
+    tags = []
+    for at, pair in zip(slots, shares, strict=True):
+        finish = digester("share", at)
+        for kind, share in zip(kinds, pair, strict=True):
+            tags.append(finish(kind + share)[:TAG_BYTES])
+    return b"".join(tags)
+
+
+def check_values(round_keys: bytes) -> bytes:
+    """`check_value` of every 32 bytes of a pair's round keys."""
+    finish = digester("check")
+    keys = (round_keys[at : at + 32] for at in range(0, len(round_keys), 32))
+    return b"".join(finish(_share_head + key)[:TAG_BYTES] for key in keys)
 
 
 def check_value(pair_round_key: bytes) -> bytes:

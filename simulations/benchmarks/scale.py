@@ -327,11 +327,11 @@ class Trial:
         """S1 to S5."""
         replies = {name: member.advertise() for name, member in self.members}
         requests = self.relay.advertised(replies)
-        replies = {name: member.encapsulate(requests.pop(name)) for name, member in self.members}
+        replies = {name: member.encapsulate(requests[name]) for name, member in self.members}
         requests = self.relay.encapsulated(replies)
-        replies = {name: member.prekeys(requests.pop(name)) for name, member in self.members}
+        replies = {name: member.prekeys(requests[name]) for name, member in self.members}
         requests = self.relay.dealt(replies)
-        replies = {name: member.confirm(requests.pop(name)) for name, member in self.members}
+        replies = {name: member.confirm(requests[name]) for name, member in self.members}
         requests = self.relay.confirmed(replies)
         for name, member in self.members:
             member.activate(requests[name])
