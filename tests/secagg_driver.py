@@ -84,7 +84,7 @@ class World:
         if until >= 5:
             for name, member in members.items():
                 member.activate(requests[name])
-        return requests
+        return dict(requests)
 
     def inputs(
         self,
