@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"fedward-sim: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("\nfedward-sim: stopped; nothing was written.", file=sys.stderr)
+        print(f"\nfedward-sim: stopped; {arguments.stopped()}", file=sys.stderr)
         return 130
     except Exception as error:
         if arguments.debug:
@@ -71,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(debug=False)
+    parser.set_defaults(debug=False, stopped=lambda: "nothing was written.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_run(commands)
     add_plan(commands, DEFAULT_SCENARIO)
@@ -94,6 +94,12 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         nargs="?",
         default=DEFAULT_SCENARIO,
         help="a name from `fedward-sim list`, or a TOML file (default: %(default)s)",
+    )
+    run.add_argument(
+        "--resume",
+        type=Path,
+        metavar="RUN",
+        help="go on with the run that was to become RUN and was stopped; takes no other choices",
     )
     run.add_argument("--out", type=Path, metavar="DIR", help="run directory (default: runs/...)")
     run.add_argument("--data", metavar="FOLDER", help="where the scenario's data files lie")
@@ -141,21 +147,43 @@ def _run(arguments: argparse.Namespace) -> int:
     from simulations import run as runner  # noqa: PLC0415  # torch and Flower take seconds
     from simulations.scenario import load_scenario  # noqa: PLC0415
     from simulations.terminal import Progress, final_table  # noqa: PLC0415
+    from simulations.unfinished import Command, Unfinished  # noqa: PLC0415
 
-    scenario = load_scenario(arguments.scenario, _overrides(arguments))
-    out = arguments.out or runner.default_out(scenario)
+    out = arguments.resume or arguments.out
+    if arguments.resume is not None:
+        command = Unfinished.of(out).command()
+    else:
+        file = Path(arguments.scenario)
+        command = Command(
+            scenario=str(file.resolve()) if file.is_file() else arguments.scenario,
+            overrides=tuple(_overrides(arguments)),
+            engine=arguments.engine,
+            device=arguments.device,
+            baselines=arguments.baselines,
+        )
+    scenario = load_scenario(command.scenario, list(command.overrides))
+    out = out or runner.default_out(scenario)
+    unfinished = Unfinished.of(out)
     options = runner.RunOptions(
         out=out,
-        engine=arguments.engine,
-        device=arguments.device,
-        baselines=arguments.baselines,
+        engine=command.engine,
+        device=command.device,
+        baselines=command.baselines,
+        unfinished=unfinished,
     )
     prepared = runner.prepare(scenario, options)
+    if arguments.resume is None:
+        unfinished.begin(command)
+    arguments.stopped = lambda: f"go on with: fedward-sim run --resume {out}"
     plan = prepared.plan
     stream = io.StringIO() if arguments.quiet else sys.stderr
     with Progress(stream) as progress:
         progress.begin(plan.training.rounds, plan.privacy.epsilon)
-        results = runner.execute(prepared, _observer(plan, progress))
+        try:
+            results = runner.execute(prepared, _observer(plan, progress))
+        except FedwardError:
+            unfinished.remove()  # it would fail again
+            raise
     print(final_table(results))
     print(f"report:  {(out / 'report.html').resolve()}")
     return 0

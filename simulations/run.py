@@ -8,6 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from server.record import server_results, write_evidence, write_model
 from server.report import write_report
 from server.results import build_results, write_results
 from server.rounds import Observer, StudyOutcome
+from server.spool import DurableSpool
 from server.transport import GridTransport
 from shared.config import require
 from shared.errors import CohortError
@@ -42,6 +44,7 @@ from simulations.grid import FaultHook, no_faults
 from simulations.hospitals import Hospital, load_hospitals
 from simulations.scenario import Scenario
 from simulations.sites import write_sites
+from simulations.unfinished import Unfinished
 
 POLL_S = 0.01
 """Seconds between two looks for answers; in this process they are there at once."""
@@ -70,6 +73,8 @@ class RunOptions:
         device: auto, cpu or cuda.
         baselines: Also train local-only, pooled, and pooled under DP-SGD.
         faults: What goes wrong between server and sites; in-process engine only.
+        unfinished: Where the run is kept until it is finished, so that it can be resumed; what
+            it holds is gone on with. None for a run that leaves nothing when it is stopped.
     """
 
     out: Path
@@ -77,6 +82,7 @@ class RunOptions:
     device: str = "auto"
     baselines: bool = False
     faults: FaultHook = no_faults
+    unfinished: Unfinished | None = None
 
 
 @dataclass(frozen=True)
@@ -140,9 +146,13 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
     plan, options = run.plan, run.options
     spool = Spool(keep_sums=plan.audit.keep_sums)
     seed = run.scenario.simulation.seed
-    with tempfile.TemporaryDirectory(prefix="fedward-") as work:
-        base = Path(work)
-        roster = write_sites(base, plan, run.hospitals, seed=seed, device=options.device)
+    kept = options.unfinished
+    with _work_folder(kept) as base:
+        if any(base.iterdir()):
+            roster = SiteFolder(base / run.hospitals[0].name).roster()
+        else:
+            roster = write_sites(base, plan, run.hospitals, seed=seed, device=options.device)
+        spool = DurableSpool(kept.path / "spool") if kept else Spool()
         folders = {h.name: base / h.name for h in run.hospitals}
         # No time in it: the sites' noise follows from seed and run, and a run can be repeated.
         run_id = f"{plan.name[:32]}-{plan.sha256[:12]}-{seed}"[:64]
@@ -154,6 +164,8 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
             finished=lambda outcome, transport: finished.append((outcome, transport)),
             recorder=spool,
             poll_s=POLL_S,
+            checkpoint=kept.path / "checkpoint" if kept else None,
+            durable=False,
         )
         try:
             if options.engine == "ray":
@@ -162,12 +174,26 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
                 run_in_process(server_app, folders, options.faults)
             wall_s = time.perf_counter() - clock
             done = _Finished(*finished[0], spool, folders, run_id, started, wall_s)
-            return _write_run(run, done)
+            results = _write_run(run, done)
+            if kept:
+                kept.remove()
+            return results
         except CohortError as error:
             raise CohortError(f"{error}{_refusals(folders)}") from None
         finally:
             forget_sites()
             spool.close()
+
+
+@contextmanager
+def _work_folder(kept: Unfinished | None) -> Iterator[Path]:
+    """Where the hospitals' folders lie; what is not to be kept is removed in any case."""
+    if kept is None:
+        with tempfile.TemporaryDirectory(prefix="fedward-") as work:
+            yield Path(work)
+        return
+    kept.sites.mkdir(exist_ok=True)
+    yield kept.sites
 
 
 def _site_log(folder: Path, run_id: str) -> list[dict[str, Any]]:
