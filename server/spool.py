@@ -22,10 +22,11 @@ _LENGTH = struct.Struct("<I")
 class DurableSpool(Spool):
     """A `Spool` whose records are on disk when `keep` and `publish` return."""
 
-    def __init__(self, folder: Path) -> None:
-        """Begin with what the folder holds."""
+    def __init__(self, folder: Path, *, keep_sums: bool = True, durable: bool = True) -> None:
+        """Begin with what the folder holds; `durable` waits for the disk at every record."""
         folder.mkdir(parents=True, exist_ok=True)
-        super().__init__(folder)
+        super().__init__(folder, keep_sums=keep_sums)
+        self._durable = durable
         self._log, self._results = folder / "records.bin", folder / "results.bin"
         for record in _frames(self._log):
             super().keep(record)
@@ -35,20 +36,21 @@ class DurableSpool(Spool):
     def keep(self, record: bytes) -> None:
         """Keep one record; one that is known changes nothing."""
         if record not in self._records:
-            _append(self._log, record)
+            self._append(self._log, record)
             super().keep(record)
 
     def publish(self, result: bytes) -> None:
         """Keep the sum of a published result; an abort has none."""
-        _append(self._results, result)
-        super().publish(result)
+        if self._keep_sums:
+            self._append(self._results, result)
+            super().publish(result)
 
-
-def _append(path: Path, record: bytes) -> None:
-    with path.open("ab") as file:
-        file.write(_LENGTH.pack(len(record)) + record)
-        file.flush()
-        os.fsync(file.fileno())
+    def _append(self, path: Path, record: bytes) -> None:
+        with path.open("ab") as file:
+            file.write(_LENGTH.pack(len(record)) + record)
+            file.flush()
+            if self._durable:
+                os.fsync(file.fileno())
 
 
 def _frames(path: Path) -> Iterator[bytes]:

@@ -144,7 +144,6 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
     started, clock = datetime.datetime.now(datetime.UTC), time.perf_counter()
     finished: list[tuple[StudyOutcome, GridTransport]] = []
     plan, options = run.plan, run.options
-    spool = Spool(keep_sums=plan.audit.keep_sums)
     seed = run.scenario.simulation.seed
     kept = options.unfinished
     with _work_folder(kept) as base:
@@ -152,7 +151,12 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
             roster = SiteFolder(base / run.hospitals[0].name).roster()
         else:
             roster = write_sites(base, plan, run.hospitals, seed=seed, device=options.device)
-        spool = DurableSpool(kept.path / "spool") if kept else Spool()
+        sums = plan.audit.keep_sums
+        spool = (
+            DurableSpool(kept.path / "spool", keep_sums=sums, durable=False)
+            if kept
+            else Spool(keep_sums=sums)
+        )
         folders = {h.name: base / h.name for h in run.hospitals}
         # No time in it: the sites' noise follows from seed and run, and a run can be repeated.
         run_id = f"{plan.name[:32]}-{plan.sha256[:12]}-{seed}"[:64]
