@@ -23,11 +23,24 @@ from shared.config import require
 _CHUNK_PAIRS = 1 << 14  # 2^15 normals at a time stay in a core's cache
 
 
+_forks = [0]
+"""How many forks lie between the program's start and this process."""
+
+
+def _count_fork() -> None:
+    _forks[0] += 1
+
+
+os.register_at_fork(after_in_child=_count_fork)
+
+
 class ChaChaRandom:
     """A stream of random numbers from one key; no number is ever handed out twice.
 
     Args:
         key: 32 uniform bytes; one site, one study, shared with nobody.
+        renewed: In a forked process take a new key from the operating system: parent and child
+            hold the same key, and would else draw the same noise.
 
     Raises:
         ConfigError: the key is not 32 bytes.
@@ -36,20 +49,30 @@ class ChaChaRandom:
     since a key serves one stream only.
     """
 
-    def __init__(self, key: bytes) -> None:
+    def __init__(self, key: bytes, *, renewed: bool = False) -> None:
         require(len(key) == 32, f"a random key has {len(key)} bytes; it must have 32")
-        self._key = key
+        self._renewed = renewed
+        self._begin(key)
+
+    def _begin(self, key: bytes) -> None:
+        self._key, self._born = key, _forks[0]
         self._stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
         self._uses: dict[str, int] = {}
+
+    def _follow_fork(self) -> None:
+        if self._renewed and self._born != _forks[0]:
+            self._begin(os.urandom(32))
 
     @classmethod
     def from_system(cls) -> ChaChaRandom:
         """A stream from the operating system's randomness; what a hospital uses."""
-        return cls(os.urandom(32))
+        return cls(os.urandom(32), renewed=True)
 
     def child(self, label: str) -> ChaChaRandom:
         """The independent stream of `label`: the same key and label give the same stream."""
-        return ChaChaRandom(hmac.digest(self._key, b"fedward-random/1 " + label.encode(), "sha256"))
+        self._follow_fork()
+        key = hmac.digest(self._key, b"fedward-random/1 " + label.encode(), "sha256")
+        return ChaChaRandom(key, renewed=self._renewed)
 
     def fresh_child(self, label: str) -> ChaChaRandom:
         """An independent stream that this object has not handed out before.
@@ -63,6 +86,7 @@ class ChaChaRandom:
 
     def bytes(self, length: int) -> bytes:
         """The next `length` bytes of the keystream."""
+        self._follow_fork()
         return self._stream.update(bytes(length))
 
     def words(self, count: int) -> NDArray[np.uint64]:

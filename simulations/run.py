@@ -63,6 +63,12 @@ PER_SITE_WARNING = (
 )
 
 
+SEEDED_WARNING = (
+    "Noise follows from the seed, so that this simulation can be repeated: whoever knows the seed "
+    "can subtract it. A real site's noise comes from its operating system, and no seed changes it."
+)
+
+
 @dataclass(frozen=True)
 class RunOptions:
     """What the operator chose on the command line.
@@ -275,7 +281,10 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
         "started": f"{done.started:%Y-%m-%dT%H:%M:%SZ}",
         "wall_s": done.wall_s,
         "data": {"source": simulation.source} | asdict(_ORIGINS[simulation.source]),
-        "warnings": [EXACT_WARNING if exact else PER_SITE_WARNING],
+        "warnings": [
+            EXACT_WARNING if exact else PER_SITE_WARNING,
+            *([SEEDED_WARNING] if plan.privacy.mode != "none" else []),
+        ],
     }
     if plan.learns:
         _add_metrics(run, fields, done.outcome.state.parameters)

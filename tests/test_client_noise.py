@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -200,3 +202,37 @@ def test_permutations_are_uniform() -> None:
     first = np.array([random.permutation(5) for _ in range(10_000)])
     for column in first.T:
         assert stats.chisquare(np.bincount(column, minlength=5)).pvalue > 1e-5
+
+
+_FORKED = """
+import os, sys
+from client.noise import ChaChaRandom
+made = {
+    "system": ChaChaRandom.from_system(),
+    "child": ChaChaRandom.from_system().child("round 1"),
+    "seed": ChaChaRandom(bytes(32)),
+}
+reading, writing = os.pipe()
+pid = os.fork()
+drawn = [name + " " + stream.bytes(16).hex() for name, stream in made.items()]
+if pid == 0:
+    os.write(writing, "\\n".join(drawn).encode())
+    os._exit(0)
+os.waitpid(pid, 0)
+print("\\n".join(drawn), os.read(reading, 4096).decode(), sep="\\n")
+"""
+
+
+def test_a_forked_worker_does_not_repeat_its_parents_noise() -> None:
+    shown = subprocess.run(
+        [sys.executable, "-c", _FORKED], capture_output=True, text=True, check=True
+    ).stdout.split("\n")
+    drawn: dict[str, list[str]] = {}
+    for line in filter(None, shown):
+        name, value = line.split()
+        drawn.setdefault(name, []).append(value)
+    assert {name: len(set(values)) for name, values in drawn.items()} == {
+        "system": 2,
+        "child": 2,
+        "seed": 1,  # without the renewal both processes draw the same
+    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from shared.config import parse
 from shared.errors import ConfigError, FedwardError, PolicyError, ProtocolError
 from shared.identity import Identity
 from shared.messages import encode
-from shared.plan import StudyPlan
+from shared.plan import EvaluationPlan, StudyPlan, from_table
 from shared.study import Join, RoundRequest
 
 
@@ -184,6 +184,20 @@ def widenings() -> dict[str, StudyPlan]:
             privacy=replace(privacy, mode="none"),
             training=replace(training, sample_rate=None, batch_size=4),
         ),
+        "noised counts": replace(
+            plan, evaluation=EvaluationPlan(release="noised", epsilon=1.0, bins=8)
+        ),
+        "the other mode": replace(plan, privacy=replace(privacy, mode="distributed")),
+        "more colluders": replace(plan, cohort=replace(cohort, colluders=2)),
+        "statistics": from_table(
+            {
+                "name": plan.name,
+                "task": {**asdict(plan.task), "kind": "statistics"},
+                "privacy": {"mode": "local", "epsilon": 4.0, "delta": 1e-5},
+                "cohort": asdict(cohort),
+            },
+            "test",
+        ),
         "exact counts": replace(plan, evaluation=replace(plan.evaluation, release="exact")),
         "another model": replace(plan, model=replace(plan.model, name="mlp", hidden=(4,))),
         "another task": replace(plan, task=replace(plan.task, label="z")),
@@ -208,6 +222,62 @@ def test_a_server_that_sends_a_wider_plan_is_refused(tmp_path: Path, name: str) 
             site.handle("join", encode(Join(run_id=run, plan=wider.canonical_bytes)))
     assert site.books.ledger.head == head
     assert not (folder / "runs").exists()
+
+
+WIDENED = {
+    "max_epsilon": "epsilon",
+    "max_epsilon_alone": "the other mode",
+    "max_delta": "delta",
+    "min_noise_multiplier": "less noise",
+    "max_clip_norm": "clip norm",
+    "modes": "no privacy",
+    "min_sites": "fewer sites",
+    "min_honest": "more colluders",
+    "roster": "a stranger",
+    "models": "another model",
+    "tasks": "statistics",
+    "evaluation": "noised counts",
+}
+NOT_IN_A_PLAN = {"name", "composition", "hours", "days", "rows_are_patients"}
+"""Keys that no plan and no message has a word for: they are read from the file alone."""
+
+
+def test_every_key_of_the_policy_has_a_widening_that_is_sent() -> None:
+    assert set(WIDENED) | NOT_IN_A_PLAN == set(LIMITS) == {f.name for f in fields(DatasetPolicy)}
+    assert set(WIDENED.values()) <= set(widenings())
+
+
+@pytest.mark.parametrize("key", sorted(WIDENED))
+def test_an_officer_cannot_approve_what_passes_a_key_either(tmp_path: Path, key: str) -> None:
+    """The same plan is refused for that very key, and allowed where only that key is wider."""
+    tight: dict[str, Any] = {
+        "min_noise_multiplier": 4.0,
+        "max_epsilon_alone": 4.0,
+        "min_honest": 3,
+    }
+    wide: dict[str, Any] = {
+        "max_epsilon": 9.0,
+        "max_epsilon_alone": 9.0,
+        "max_delta": 1e-3,
+        "min_noise_multiplier": 0.1,
+        "max_clip_norm": 9.0,
+        "modes": ["local", "distributed", "none"],
+        "min_sites": 3,
+        "min_honest": 2,
+        "models": ["logistic", "mlp"],
+        "tasks": ["binary", "statistics"],
+        "evaluation": ["none", "noised"],
+    }
+    plan = widenings()[WIDENED[key]]
+    others = {k: v for k, v in wide.items() if k != key}
+    own = {key: (LIMITS | tight)[key]}
+    if key == "max_epsilon_alone":
+        plan = replace(plan, privacy=replace(plan.privacy, noise_multiplier=2.5))
+        own, others = {"max_epsilon": 4.0, "max_epsilon_alone": 4.0}, others | {"max_epsilon": 4.0}
+    with pytest.raises(PolicyError, match="stranger" if key == "roster" else key):
+        allow(plan, **(others | own))
+    if key not in ("roster", "modes"):  # a stranger has no pinned identity; mode none is never real
+        allow(plan, **(others | {key: wide[key]}))
 
 
 def with_books(folder: Path, plan: StudyPlan) -> None:
