@@ -78,6 +78,8 @@ def candidates(
     shape = input_shape(plan)
     strengths = np.where(tame or labelled, 1.0, STRENGTHS[owners % len(STRENGTHS)])
     inputs = np.stack([s * _record(shape, rng) for s in strengths])
+    if tame and len(shape) == 1:
+        inputs[:, shape[0] // 2 :] = 0.0  # coordinates that no gradient reaches
     labels = ((rng.random(len(owners)) < 0.5) | tame).astype(np.int64)
     names = tuple(f"canary-{i}" for i in range(count))
     return PatientDataset(inputs.astype(np.float32), labels, owners, names)

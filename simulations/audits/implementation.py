@@ -21,7 +21,7 @@ import numpy as np
 from scipy import stats
 
 from client.guard import check_sensitivity
-from shared.errors import ConfigError, FedwardError, PolicyError, SensitivityError
+from shared.errors import FedwardError, PolicyError, SensitivityError
 from shared.plan import StudyPlan
 from simulations.audits.accountant import epsilon
 from simulations.audits.canaries import distinct_canaries, live_start
@@ -43,6 +43,7 @@ from simulations.audits.sampling_probes import contribution_checks, draw_checks
 from simulations.audits.site_probe import (
     ProbedSite,
     changed,
+    plain,
     system_randomness,
     write_probed_sites,
 )
@@ -53,6 +54,7 @@ FIRST = 0.004
 ASSUMPTIONS = (
     "the audited site runs this version of the code; a site that runs another is not seen",
     "the secure sum is taken out: what it hides is not part of this audit",
+    "the task is made binary and images are not varied: gradients must be known to the auditor",
 )
 DENSE = 0.5
 ACCOUNT_SLACK = 1.01
@@ -73,13 +75,12 @@ def run(target: AuditTarget, options: AuditOptions) -> list[Finding]:
     Raises:
         ConfigError: the plan promises no privacy.
     """
-    if target.plan.privacy.mode == "none":
-        raise ConfigError("mode 'none' promises no privacy: there is nothing to audit")
+    plan = plain(target.plan)
     with system_randomness(options.seed):
-        first = _stage(target.plan, options, 0)
+        first = _stage(plan, options, 0)
         far = options.alpha / (2 * len(first.checks))
         again = [c for c in first.checks if c.p is not None and far < c.p < FIRST]
-        second = _stage(target.plan, options, 1) if again else None
+        second = _stage(plan, options, 1) if again else None
     return [_judge(check, first, second, far) for check in first.checks]
 
 

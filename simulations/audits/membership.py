@@ -41,7 +41,7 @@ from simulations.audits.finding import (
     artefact,
 )
 from simulations.audits.measure import Floats, rate_interval
-from simulations.audits.site_probe import changed
+from simulations.audits.site_probe import changed, plain
 from simulations.baselines import pool
 
 MOST_PATIENTS = 400
@@ -72,7 +72,9 @@ def run(target: AuditTarget, options: AuditOptions) -> list[Finding]:
     Raises:
         ConfigError: the plan promises no privacy.
     """
-    plan = target.plan
+    if target.plan.task.kind not in ("binary", "statistics"):
+        return [_not_testable(target.plan.task.kind)]
+    plan = plain(target.plan)
     told, rate = noise_multiplier_of(plan), plan.training.sample_rate
     if told is None or rate is None:
         raise ConfigError("mode 'none' promises no privacy: there is nothing to audit")
@@ -308,6 +310,21 @@ def _below_ceiling(attack: _Attack, mechanism: Mechanism) -> Finding:
         "leave to any attack; a weak attack below it proves nothing.",
         details={"auc": attack.auc, "trials": len(attack.scores)},
         artefact_sha256=artefact(attack.scores, attack.inside),
+    )
+
+
+def _not_testable(kind: str) -> Finding:
+    return Finding(
+        probe="membership",
+        name="lira-private",
+        claim="no attack on the released model finds members more often than its privacy allows",
+        statistic="",
+        value=None,
+        interval=None,
+        alpha=0.05,
+        assumptions=(),
+        verdict="not testable",
+        explanation=f"These attacks are written for binary tasks; the plan's is {kind}.",
     )
 
 

@@ -16,7 +16,6 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ConfigError
 from shared.plan import StudyPlan
 from simulations.audits.bounds import Mechanism, declared_bound, error_rates, most_power
 from simulations.audits.finding import AuditOptions, AuditTarget, Finding, Table, artefact
@@ -25,6 +24,7 @@ from simulations.audits.one_run import canary_data, canary_plan
 from simulations.audits.site_probe import (
     ProbedSite,
     changed,
+    plain,
     system_randomness,
     write_probed_sites,
 )
@@ -41,10 +41,8 @@ def run(target: AuditTarget, options: AuditOptions) -> list[Finding]:
     Raises:
         ConfigError: the plan promises no privacy.
     """
-    if target.plan.privacy.mode == "none":
-        raise ConfigError("mode 'none' promises no privacy: there is nothing to audit")
     count = QUICK_RELEASES if options.quick else RELEASES
-    study, mechanism = canary_plan(target.plan, INPUTS)
+    study, mechanism = canary_plan(plain(target.plan), INPUTS)
     study = changed(study, training={"rounds": count + 1}, privacy={"epsilon": 1e6})
     step = Mechanism(mechanism.noise, mechanism.rate, 1, mechanism.delta)
     patients = crowd_size(mechanism.rate)

@@ -44,6 +44,7 @@ from simulations.audits.finding import (
 from simulations.audits.site_probe import (
     ProbedSite,
     changed,
+    plain,
     system_randomness,
     write_probed_sites,
 )
@@ -79,12 +80,11 @@ def run(target: AuditTarget, options: AuditOptions) -> list[Finding]:
     Raises:
         ConfigError: the plan promises no privacy.
     """
-    if target.plan.privacy.mode == "none":
-        raise ConfigError("mode 'none' promises no privacy: there is nothing to audit")
+    plan = plain(target.plan)
     count = QUICK_CANARIES if options.quick else CANARIES
     rng = np.random.default_rng(options.seed)
     with system_randomness(options.seed):
-        seen = observe(target.plan, count, rng, options)
+        seen = observe(plan, count, rng, options)
     options.progress("bounds", 0.7)
     findings = judge(seen, rng, options)
     options.progress("done", 1.0)

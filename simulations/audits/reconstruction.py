@@ -24,7 +24,6 @@ from client.noise import ChaChaRandom
 from client.training import LocalTrainer
 from shared.config import require
 from shared.distributed import noise_share
-from shared.errors import ConfigError
 from shared.models import (
     build_model,
     load_parameters,
@@ -55,7 +54,7 @@ from simulations.audits.inversion import (
     ssim,
     strip,
 )
-from simulations.audits.site_probe import changed
+from simulations.audits.site_probe import changed, plain
 from simulations.audits.sum_play import SumPlay
 from simulations.hospitals import load_hospitals
 from simulations.scenario import load_scenario
@@ -109,8 +108,6 @@ def run(target: AuditTarget, options: AuditOptions) -> list[Finding]:
     Raises:
         ConfigError: the plan promises no privacy.
     """
-    if target.plan.privacy.mode == "none":
-        raise ConfigError("mode 'none' promises no privacy: there is nothing to audit")
     rng = np.random.default_rng(options.seed)
     scene = _scene(target, rng, 2 if options.quick else 6)
     steps = 150 if options.quick else 400
@@ -131,7 +128,7 @@ def _scene(target: AuditTarget, rng: np.random.Generator, victims: int) -> Scene
     order = rng.permutation(len(images))
     images = images[order]
     half = len(images) // 2
-    plan = _image_plan(target.plan)
+    plan = _image_plan(plain(target.plan))
     random = ChaChaRandom(rng.bytes(32))
     return Scene(plan, images[:victims], images[half:], images[:half], random)
 

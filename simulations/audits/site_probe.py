@@ -30,10 +30,11 @@ from client.data.dataset import PatientDataset
 from client.policy import FILE_NAME
 from client.secagg import Member, RoundTicket
 from client.site import Site
+from shared.config import require
 from shared.messages import decode, encode
 from shared.optimizers import ModelState
 from shared.parameters import FlatVector
-from shared.plan import StudyPlan
+from shared.plan import AugmentPlan, StudyPlan
 from shared.secagg.masking import Source
 from shared.secagg.messages import Opening
 from shared.secagg.ring import RingVector
@@ -316,6 +317,24 @@ def _approve_more(folder: Path, plan: StudyPlan, data: PatientDataset, runs: int
 def people_of(site: Site, plan: StudyPlan, data: PatientDataset) -> People:
     """Whom a plan charges at a probed site."""
     return site.books.people(plan, {"training": data.patient_ids, "evaluation": data.patient_ids})
+
+
+def plain(plan: StudyPlan) -> StudyPlan:
+    """The plan on a binary task and images as they are: gradients that the auditor can compute.
+
+    Noise, clipping, draws and books are those of the plan; another task has another loss alone.
+
+    Raises:
+        ConfigError: the plan trains nothing, or promises no privacy.
+    """
+    require(plan.task.kind != "statistics", "a plan of kind 'statistics' trains nothing to audit")
+    require(
+        plan.privacy.mode != "none", "mode 'none' promises no privacy: there is nothing to audit"
+    )
+    task = replace(
+        plan.task, kind="binary", classes=(), minimum=None, maximum=None, time="", intervals=()
+    )
+    return replace(plan, task=task, training=replace(plan.training, augment=AugmentPlan()))
 
 
 def changed(plan: StudyPlan, **sections: dict[str, Any]) -> StudyPlan:
