@@ -264,3 +264,23 @@ def test_only_a_pretended_hospital_may_do_without(tmp_path: Path) -> None:
     settings.write_text(settings.read_text() + "[log]\njournal = false\n")
     with pytest.raises(ConfigError, match="a hospital keeps its journal"):
         Site(folder)
+
+
+def test_following_shows_what_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = make_site(tmp_path / "site")
+    open_journal(folder).message(handled(action="setup"), "heart")
+    waits = iter([True, False])
+
+    def wait(seconds: float) -> None:
+        if not next(waits):
+            raise KeyboardInterrupt
+        open_journal(folder).message(handled(action="release", error="PolicyError"), "heart")
+
+    monkeypatch.setattr("client.commands_log.time.sleep", wait)
+    assert main(["--site", str(folder), "log", "--follow"]) == 130
+    shown = capsys.readouterr().out.splitlines()
+    assert len(shown) == 2
+    assert "setup" in shown[0]
+    assert "REFUSED  PolicyError" in shown[1]

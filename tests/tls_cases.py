@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import select
 import socket
 import socketserver
 import ssl
@@ -71,6 +72,8 @@ def forward_proxy(*, allows: bool = True) -> Iterator[tuple[str, list[str]]]:
 
     def answer(raw: socket.socket) -> None:
         words = raw.recv(4096).decode().split()
+        if not words:
+            return  # somebody looked whether anybody listens
         asked.append(words[1])
         if not allows:
             raw.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
@@ -78,6 +81,8 @@ def forward_proxy(*, allows: bool = True) -> Iterator[tuple[str, list[str]]]:
         host, _, port = words[1].rpartition(":")
         with socket.create_connection((host, int(port)), 5) as onward:
             raw.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+            raw.settimeout(None)
+            onward.settimeout(None)
             back = threading.Thread(target=_pump, args=(onward, raw), daemon=True)
             back.start()
             _pump(raw, onward)
@@ -85,6 +90,55 @@ def forward_proxy(*, allows: bool = True) -> Iterator[tuple[str, list[str]]]:
 
     with _serving(answer) as port:
         yield f"http://127.0.0.1:{port}", asked
+
+
+@contextmanager
+def opening_proxy(
+    certificate: tuple[Path, Path], trusts: Path
+) -> Iterator[tuple[str, list[bytes]]]:
+    """A proxy that opens TLS, as some firewalls do; its URL, and the requests that it read.
+
+    Args:
+        certificate: Its own, for the host that sites ask for.
+        trusts: PEM of the CA of the server behind it.
+    """
+    inside = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    inside.load_cert_chain(*certificate)
+    read: list[bytes] = []
+
+    def answer(raw: socket.socket) -> None:
+        words = raw.recv(4096).decode().split()
+        if not words:
+            return
+        host, _, port = words[1].rpartition(":")
+        raw.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        raw.settimeout(None)
+        outside = ssl.create_default_context(cafile=trusts)
+        with (
+            inside.wrap_socket(raw, server_side=True) as site,
+            socket.create_connection((host, int(port)), 5) as onward,
+            outside.wrap_socket(onward, server_hostname=host) as server,
+        ):
+            server.settimeout(None)
+            _relay(site, server, read)
+
+    with _serving(answer) as port:
+        yield f"http://127.0.0.1:{port}", read
+
+
+def _relay(site: ssl.SSLSocket, server: ssl.SSLSocket, read: list[bytes]) -> None:
+    """Pass bytes both ways in one thread, until one side ends."""
+    other = {site: server, server: site}
+    while True:
+        waiting = [s for s in other if s.pending()]
+        ready = waiting or select.select(list(other), [], [])[0]
+        for source in ready:
+            data = source.recv(65536)
+            if not data:
+                return
+            if source is site:
+                read.append(data)
+            other[source].sendall(data)
 
 
 def _pump(source: socket.socket, target: socket.socket) -> None:
