@@ -39,6 +39,11 @@ def add_commands(commands: Commands) -> None:
     approve.add_argument(
         "--no-guard", action="store_true", help="with --show: skip the sensitivity measurement"
     )
+    approve.add_argument(
+        "--leave-out-spent",
+        action="store_true",
+        help="let it run without patients whom it would bring beyond the cap",
+    )
     approve.set_defaults(command=_approve, recorded="approve")
 
     withdraw = commands.add_parser("withdraw", help="take back every approval of a plan")
