@@ -7,12 +7,12 @@ import sys
 
 from shared.command import Commands
 from simulations.audits.commands_verify import AUDIT_FAILED
-from simulations.audits.family_names import FAMILIES
+from simulations.audits.family_names import families
 
 
 def add_commands(commands: Commands) -> None:
     """Add one command a family."""
-    for name, question in FAMILIES.items():
+    for name, question in families().items():
         command = commands.add_parser(
             name.replace("_", "-"),
             help=question,

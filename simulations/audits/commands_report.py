@@ -18,7 +18,7 @@ from simulations.audits.commands_verify import (
     add_expected,
     expected_fingerprints,
 )
-from simulations.audits.family_names import FAMILIES
+from simulations.audits.family_names import families
 
 if TYPE_CHECKING:
     from simulations.audits.finding import Finding
@@ -44,7 +44,7 @@ def add_commands(commands: Commands) -> None:
     report.add_argument(
         "--only",
         action="append",
-        choices=[name.replace("_", "-") for name in FAMILIES],
+        choices=[name.replace("_", "-") for name in families()],
         metavar="FAMILY",
         help="run these families alone; may be repeated",
     )
@@ -126,7 +126,7 @@ def _attack(
     from simulations.audits.families import probe, target_of  # noqa: PLC0415
     from simulations.audits.finding import AuditOptions  # noqa: PLC0415
 
-    chosen = [name.replace("-", "_") for name in arguments.only or FAMILIES]
+    chosen = [name.replace("-", "_") for name in arguments.only or families()]
     findings: list[Finding] = []
     target = target_of(str(arguments.run))
     if target.plan.privacy.mode == "none":

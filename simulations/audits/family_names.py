@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 FAMILIES = {
     "implementation": "does what leaves a site have the noise, clipping and sampling it should?",
     "neighbour": "n against n - 1 patients through the real training: can they be told apart?",
@@ -11,3 +13,12 @@ FAMILIES = {
     "membership": "who was in the training data, by shadow models (LiRA, RMIA)",
     "reconstruction": "pictures from updates: in the clear, under noise, and as the server sees it",
 }
+
+
+def families() -> dict[str, str]:
+    """The families whose module is installed, by name; what an audit ran is in its record."""
+    return {
+        name: question
+        for name, question in FAMILIES.items()
+        if find_spec(f"simulations.audits.{name}") is not None
+    }
