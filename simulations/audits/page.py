@@ -29,6 +29,7 @@ _STYLE = (
     ".badge.violated{color:var(--stop);background:var(--stop-wash)}"
     ".badge.held{color:var(--pooled);background:var(--wash)}"
     ".badge.open{color:var(--warn);background:var(--warn-wash)}"
+    ".finding p{overflow-wrap:anywhere}"
     ".finding{border-top:1px solid var(--rule);padding:.9rem 0 .2rem}"
     ".finding h4{font-size:1rem;margin:0 0 .4rem;display:flex;gap:.7rem;align-items:baseline;"
     "flex-wrap:wrap;justify-content:space-between}"
@@ -211,26 +212,29 @@ def _family(record: Record, name: str) -> Html:
 
 
 def _evidence(findings: Sequence[Record]) -> Html:
-    """Checks as a table: broken and open ones first in full, then all of them."""
-    open_ones = [f for f in findings if f["verdict"] != "not refuted"]
-    files = [f for f in findings if f["name"] == "file" and f["verdict"] == "not refuted"]
-    rows = [
-        Row((_place(f), f["claim"], f["explanation"]))
-        for f in findings
-        if f["verdict"] == "not refuted" and f["name"] != "file"
+    """Checks that broke or stayed open in full; those that held as a list, sites folded."""
+    held = [f for f in findings if f["verdict"] == "not refuted"]
+    files = [f for f in held if f["name"] == "file"]
+    pairs: list[tuple[str, Child]] = [
+        (f["name"].replace("-", " "), _held(f))
+        for f in held
+        if f["name"] != "file" and not f["details"].get("site")
     ]
-    held = table(
-        "Checks of the evidence that held",
-        [Column("Where", numeric=False), Column("Claim", numeric=False),
-         Column("Found", numeric=False)],
-        rows,
-    )  # fmt: skip
-    said = paragraph(f"{plural(len(files), 'file')} as written, by the run's list of hashes.")
-    return join([[_finding(f) for f in open_ones], held, said if files else None])
+    sites = dict.fromkeys(f["details"]["site"] for f in held if f["details"].get("site"))
+    for site in sites:
+        own = [f for f in held if f["details"].get("site") == site]
+        priced = [f["explanation"] for f in own if f["name"] == "accounting"]
+        names = ", ".join(f["name"].replace("-", " ") for f in own)
+        pairs.append((f"site {site}", "; ".join([names, *priced])))
+    if files:
+        pairs.append(("files", f"{plural(len(files), 'file')} as written, by the list of hashes"))
+    broken = [_finding(f) for f in findings if f["verdict"] != "not refuted"]
+    return join([broken, element("h3", "Checks that held"), fact_list(pairs)])
 
 
-def _place(finding: Record) -> str:
-    return str(finding["details"].get("file") or finding["name"])
+def _held(finding: Record) -> str:
+    found = finding["explanation"]
+    return f"{finding['claim']} Found: {found}." if found else str(finding["claim"])
 
 
 def _finding(finding: Record) -> Html:
