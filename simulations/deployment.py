@@ -37,7 +37,7 @@ NODE_FILES = ("node_key", "node_key.pub", "kit.json", "coordinator.json", "reque
 
 
 def wait_for(
-    what: str, check: Callable[[], Any], timeout_s: float = 90.0, every_s: float = 0.2
+    what: str, check: Callable[[], Any], timeout_s: float = 180.0, every_s: float = 0.2
 ) -> Any:
     """What `check` returns once it is true."""
     deadline = time.monotonic() + timeout_s
@@ -171,7 +171,7 @@ class Deployment:
         self.start_server()
         for name in self.names:
             self.start_site(name)
-        wait_for("all sites", lambda: self.online() == set(self.names), 120)
+        wait_for("all sites", lambda: self.online() == set(self.names), 300)
 
     def run(self, *arguments: str) -> Process:
         """`fedward-server run ...`, in the background, until it has named the run's folder."""

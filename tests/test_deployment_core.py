@@ -57,7 +57,7 @@ def live(tmp_path_factory: pytest.TempPathFactory, scenario: Scenario) -> Iterat
 
 def finish(live: Deployment, process: Any) -> list[dict[str, Any]]:
     """The rounds of a run that ends well."""
-    assert process.popen.wait(180) == 0, process.text
+    assert process.popen.wait(400) == 0, process.text
     assert live.status()["state"] == "finished"
     return live.rounds()
 
@@ -109,7 +109,7 @@ def test_a_changed_bundle_is_refused_and_nothing_of_it_is_installed(live: Deploy
     changed = pack(content)
     with running_link(live.project) as link:
         _start_changed(live, link, changed)
-    wait_for("the refusal", lambda: live.status().get("state") == "failed", 120)
+    wait_for("the refusal", lambda: live.status().get("state") == "failed", 240)
     assert "join" in live.status()["error"]
     for name in live.names:
         log = (live.site(name) / "logs" / "supernode.log").read_text()
@@ -149,7 +149,7 @@ def test_a_stranger_with_the_authority_but_no_registered_key_is_refused(
         ],
         env=environment(tmp_path / "home"),
         capture_output=True,
-        timeout=60,
+        timeout=180,
         check=False,
     )
     assert found.returncode != 0
@@ -215,7 +215,7 @@ def test_a_study_goes_on_after_its_serverapp_was_killed(live: Deployment) -> Non
     wait_for("the second round", lambda: len(live.rounds()) >= 2)
     run, status = live.latest_run(), live.status()
     os.kill(status["pid"], signal.SIGKILL)
-    assert process.popen.wait(60) == 1, process.text
+    assert process.popen.wait(120) == 1, process.text
     assert f"run --resume {run.name}" in process.text
     resumed = finish(live, live.run("--resume", run.name))
     assert live.latest_run() == run
