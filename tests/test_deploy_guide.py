@@ -1,5 +1,8 @@
 """DEPLOY.md, followed to the letter: three sites from nothing to a finished study.
 
+The server listens on 127.0.0.2, which is no name that children keep from a proxy: west goes out
+through the hospital's forward proxy, south through a firewall that opens TLS.
+
 Every block marked `sh` or `toml` is run or applied in the order of the page. People are played:
 files are mailed from folder to folder, and a question about a fingerprint is answered with what the
 other side's own folder says.
@@ -10,12 +13,14 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tls_cases import forward_proxy, opening_proxy, write_authority, write_certificate
 
 from client.cli import main as site_main
 from client.config import SiteFolder
@@ -26,6 +31,7 @@ from simulations.deployment import ROOT, Process, command, free_port, wait_for
 
 GUIDE = ROOT / "DEPLOY.md"
 NAMES = ("north", "south", "west")
+HOST = "127.0.0.2"
 BLOCK = re.compile(r"^```(\w+) ([^\n]+)\n(.*?)^```$", re.M | re.S)
 MODULES = {"fedward-server": "server.cli", "fedward-site": "client.cli"}
 
@@ -39,7 +45,8 @@ class Guide:
         self.places = {name: base / name for name in NAMES}
         for place in (self.desk, *self.places.values()):
             place.mkdir()
-        self.address = f"localhost:{free_port()}"
+        self.address = f"{HOST}:{free_port()}"
+        self.networks: dict[str, str] = {}
         self.processes: list[Process] = []
         self.counted: Counter[str] = Counter()
         self.looked: list[int] = []
@@ -57,9 +64,8 @@ class Guide:
         """Do what the page says, block by block."""
         self.monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
         self.monkeypatch.setattr("builtins.input", self.answer)
-        port = self.address.rpartition(":")[2]
         page = GUIDE.read_text(encoding="utf-8").replace("fl.example.org:8443", self.address)
-        page = page.replace("0.0.0.0:8443", f"127.0.0.1:{port}")
+        page = page.replace("0.0.0.0:8443", self.address)
         for language, title, text in BLOCK.findall(page):
             if language == "toml":
                 self.write(title, text)
@@ -97,7 +103,8 @@ class Guide:
                 for look in self.looks:
                     self.looked.append(self.ran(name, look))
             process = self.start("run", self.desk, words)
-            assert process.popen.wait(240) == 0, process.text
+            assert process.popen.wait(300) == 0, process.text
+            self.processes.remove(process)
         else:
             self.monkeypatch.chdir(self.desk)
             assert server_main(words[1:]) == 0, line
@@ -125,7 +132,8 @@ class Guide:
         return process
 
     def online(self) -> set[str]:
-        assert all(p.popen.poll() is None for p in self.processes), self.words()
+        ended = [p.log.name for p in self.processes if p.popen.poll() is not None]
+        assert not ended
         health = read_health(self.project.path / "health.json") or {"sites": {}}
         return {name for name, site in health["sites"].items() if site["status"] == "online"}
 
@@ -138,7 +146,7 @@ class Guide:
         for name in NAMES:
             file = self.site(name).path / title
             if title == "site.toml":
-                file.write_text(file.read_text() + text)
+                file.write_text(file.read_text() + text + self.networks.get(name, ""))
                 write_ward(self.site(name).path / "ward.csv", NAMES.index(name))
                 continue
             assert title == "policy.toml"
@@ -197,13 +205,32 @@ def guide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guide]:
         yield made
     finally:
         made.end()
+        sys.stdout.write(made.words())  # seen where the test failed
 
 
 @pytest.mark.slow
 def test_three_sites_get_from_nothing_to_a_finished_study(
-    guide: Guide, capsys: pytest.CaptureFixture[str]
+    guide: Guide, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    guide.follow(capsys)
+    firewall = write_authority(tmp_path / "firewall", "hospital")
+    forged = write_certificate(tmp_path / "forged", firewall, host=HOST)
+    with (
+        forward_proxy() as (proxy, asked),
+        opening_proxy(forged, guide.project.ca_certificate) as (opener, read),
+    ):
+        guide.networks = {
+            "west": f'\n[network]\nproxy = "{proxy}"\n',
+            "south": f'\n[network]\nproxy = "{opener}"\nca_bundle = "{firewall[1]}"\n',
+        }
+        guide.follow(capsys)
+        finished(guide)
+        assert set(asked) == {guide.address}
+        assert any(b"/v1/fleet/push" in data for data in read)
+        revoked(guide)
+
+
+def finished(guide: Guide) -> None:
+    """Everybody holds what the page promises."""
     assert guide.counted == dict.fromkeys(NAMES, 4)
     assert guide.looked == [0] * len(NAMES)  # `check`, with the server up: nothing is red
     runs = list((guide.project.path / "runs").iterdir())
@@ -223,6 +250,18 @@ def test_three_sites_get_from_nothing_to_a_finished_study(
         assert {"join", "round", "finish"} <= actions
         steps = sum(c["steps"] for line in lines for c in line.get("cost", ()))
         assert steps == 8, name  # four rounds of two steps, each charged once
+
+
+def revoked(guide: Guide) -> None:
+    """Section 9: a site that is revoked is out of the running server and of the next study."""
+    guide.at_the_desk("fedward-server project revoke west --reason test")
+    wait_for("west to be refused", lambda: guide.online() == {"north", "south"}, 60)
+    log = guide.site("west").path / "logs" / "supernode.log"
+    wait_for("west to notice", lambda: "Failed to initialize" in log.read_text(), 120)
+    again = guide.start("again", guide.desk, ["fedward-server", "run", "plan.toml"])
+    assert again.popen.wait(60) == 2
+    assert "west" in again.text
+    guide.processes.remove(again)
 
 
 def test_the_guide_names_only_commands_and_files_that_exist() -> None:
