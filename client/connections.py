@@ -141,6 +141,15 @@ def connections(server: Address, proxy: Address | None) -> tuple[Connection, ...
             "no",
             "the site's journal, where site.toml asks for it",
         ),
+        Connection(
+            "metrics",
+            "local",
+            "this machine's monitoring",
+            None,
+            "TCP on loopback; HTTP GET /metrics",
+            "no",
+            "numbers for Prometheus, only with `fedward-site up --metrics`",
+        ),
     ]
     return tuple(rows)
 
