@@ -18,6 +18,7 @@ from client.data.dataset import PatientDataset
 from client.discrete import discrete_gaussian
 from client.ledger import Ledger
 from client.noise import ChaChaRandom
+from client.run import SiteRun
 from client.training import LocalTrainer
 from shared.distributed import NoiseShare
 
@@ -211,13 +212,15 @@ def _higher_rate(random: ChaChaRandom, count: int, rate: float) -> NDArray[np.in
 
 
 def data_rule(rule: Callable[[PatientDataset], PatientDataset]) -> Callable[[Patches, str], None]:
-    """Change the patients on their way from the disk."""
+    """Change the patients between the disk and the training."""
 
     def broken(patches: Patches, mode: str) -> None:
-        original = client.run.__dict__["read_prepared"]
-        patches.enter_context(
-            patched(client.run, "read_prepared", lambda path: rule(original(path)))
-        )
+        original = SiteRun._data
+
+        def data(self: SiteRun, *use: Any) -> PatientDataset:
+            return rule(original(self, *use))
+
+        patches.enter_context(patched(SiteRun, "_data", data))
 
     return broken
 

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-import client.run
 from client.data.dataset import PatientDataset
 from client.ledger import Charge, Ledger
 from client.noise import ChaChaRandom
@@ -221,17 +220,11 @@ def _told_half_the_steps(patches: Patches, mode: str) -> None:
     patches.enter_context(patched(privacy, "calibrate", half))
 
 
-def _records_clipped_singly(patches: Patches, mode: str) -> None:
+def _records_clipped_singly(data: PatientDataset) -> PatientDataset:
     """Each record becomes a patient of its own on the way into training."""
-    original = client.run.__dict__["read_prepared"]
-
-    def single(path: object) -> PatientDataset:
-        data = original(path)
-        count = len(data.labels)
-        names = tuple(f"record-{i}" for i in range(count))
-        return PatientDataset(data.inputs, data.labels, np.arange(count), names)
-
-    patches.enter_context(patched(client.run, "read_prepared", single))
+    count = len(data.labels)
+    names = tuple(f"record-{i}" for i in range(count))
+    return PatientDataset(data.inputs, data.labels, np.arange(count), names)
 
 
 def _shares_for_all_sites(right: Noise, draw: Draw) -> Noise:
@@ -274,7 +267,7 @@ UNSEEN = (
     Fault("one batch for a round's steps", _one_batch_a_round, False),
     Fault("charged after the release", _charged_late, False),
     Fault("calibrated for half the steps", _told_half_the_steps, False),
-    Fault("records clipped, not patients", _records_clipped_singly, False),
+    Fault("records clipped, not patients", data_rule(_records_clipped_singly), False),
     Fault("a patient's records twice under one name", data_rule(_duplicate_last), False),
 )
 """The last one is harmless: a patient's mean gradient stays the same. It should not be found."""
