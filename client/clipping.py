@@ -51,7 +51,8 @@ class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no type
     """Opacus' clipping with patients as the unit, our noise, and a public divisor.
 
     One step is begin_step, add_patients for each physical batch, finish_step; the result is in
-    the parameters' `grad`. The ordinary optimiser then steps by it.
+    the parameters' `grad`. The ordinary optimiser then steps by it. Hooks that are attached as
+    to any of Opacus' optimisers, such as its accountants', run once a step.
     """
 
     def __init__(
@@ -131,6 +132,13 @@ class PatientClipper(DPOptimizer):  # type: ignore[misc]  # opacus ships no type
             p.grad = (p.summed_grad + part) / self.divisor
             p.summed_grad = None
             start += size
+        if self.step_hook is not None:
+            self.step_hook(self)
+
+    @property
+    def accumulated_iterations(self) -> int:
+        """One: a step is one Poisson draw, however many physical batches it took."""
+        return 1
 
     def finish_sum(self) -> Tensor:
         """The step's sum of clipped gradients, float32 (d,), still without noise."""

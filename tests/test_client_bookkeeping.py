@@ -10,19 +10,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants import RDPAccountant
 from torch import Tensor, nn
 from torch.nn import functional
-from training_cases import make_data, make_plan
+from training_cases import KEY, make_data, make_plan
 
 import client.bookkeeping
 import client.layers
 from client.bookkeeping import BookKeeping, UnsupportedLayerError
 from client.clipping import PatientClipper
-from client.engines import _say_once, choose_engine
+from client.engines import EngineName, _say_once, choose_engine
 from client.guard import check_sensitivity
 from client.layers import Batch, Flow, LinearRule
+from client.noise import ChaChaRandom
 from client.training import LocalTrainer
 from shared.errors import ConfigError, SensitivityError
+from shared.models import initial_parameters
 from shared.models.image import ResNet18, SmallCnn
 
 CLOSE = 1e-5  # relative
@@ -295,6 +298,19 @@ def test_the_sum_is_that_of_opacus_hooks(
     (norms, want), (other, got) = found
     torch.testing.assert_close(other, norms, rtol=CLOSE, atol=1e-7)
     assert float((got - want).norm()) <= CLOSE * float(want.norm())
+
+
+@pytest.mark.parametrize("engine", ["book-keeping", "hooks"])
+def test_opacus_accountants_count_the_steps_of_either_engine(engine: EngineName) -> None:
+    plan = make_plan(training={"local_steps": 3})
+    trainer = LocalTrainer(
+        plan, "site-0", make_data(plan), 1.5, "cpu", engine=engine, max_physical_records=2
+    )
+    accountant = RDPAccountant()
+    assert trainer._clipper is not None
+    trainer._clipper.attach_step_hook(accountant.get_optimizer_hook_fn(sample_rate=0.5))
+    trainer.train_round(initial_parameters(plan), ChaChaRandom(KEY), 1)
+    assert accountant.history == [(1.5, 0.5, 3)]
 
 
 # --- what is refused, and what takes over ---------------------------------------------------

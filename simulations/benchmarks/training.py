@@ -99,7 +99,7 @@ def time_row(name: str, batch: int, chosen: Any) -> dict[str, Any]:
             once[variant] = float("nan")
             print(f"{name}, batch {batch}: {variant} fails: {type(error).__name__}", flush=True)
             del steps[variant]
-    turns = 1 if chosen.quick else min(40, max(2, round(SECONDS / max(once.values()))))
+    turns = 1 if chosen.quick else min(40, max(1, round(SECONDS / max(once.values()))))
     best = best_of(steps, turns)
     row: dict[str, Any] = {"model": name, "batch": batch}
     for kind in ("ordinary", "ours"):
