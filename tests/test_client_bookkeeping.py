@@ -94,7 +94,7 @@ seeds = st.integers(0, 2**31)
 # --- layer by layer -------------------------------------------------------------------------
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(patients(), seeds, st.lists(st.integers(1, 5), max_size=2), st.booleans(), st.data())
 def test_linear(
     owners: Tensor, seed: int, between: list[int], bias: bool, data: st.DataObject
@@ -105,7 +105,7 @@ def test_linear(
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(patients(), seeds, st.integers(1, 3), st.data())
 def test_convolutions(owners: Tensor, seed: int, dimensions: int, data: st.DataObject) -> None:
     def some(low: int, high: int) -> tuple[int, ...]:
@@ -127,16 +127,17 @@ def test_convolutions(owners: Tensor, seed: int, dimensions: int, data: st.DataO
     agree(layer, torch.randn(len(owners), layer.in_channels, *some(6, 9)), owners)
 
 
-@settings(max_examples=40)
-@given(patients(), seeds, st.integers(1, 6), st.sampled_from([(4, 2), (6, 3), (3, 1), (5, 5)]))
+@settings(max_examples=40, derandomize=True)
+@given(patients(), seeds, st.integers(3, 6), st.sampled_from([(4, 2), (6, 3), (3, 1), (5, 5)]))
 def test_group_norm(owners: Tensor, seed: int, size: int, channels: tuple[int, int]) -> None:
     torch.manual_seed(seed)
+    # From 12 values a group: of two that are nearly equal, float32 has no exact deviation.
     layer = nn.GroupNorm(channels[1], channels[0])
     inputs = 1 + torch.randn(len(owners), channels[0], size, size + 1)
     agree(nn.Sequential(layer, nn.Tanh()), inputs, owners)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(patients(), seeds, st.lists(st.integers(1, 4), max_size=2), st.booleans())
 def test_layer_norm(owners: Tensor, seed: int, between: list[int], bias: bool) -> None:
     torch.manual_seed(seed)
@@ -145,6 +146,7 @@ def test_layer_norm(owners: Tensor, seed: int, between: list[int], bias: bool) -
     agree(nn.Sequential(layer, nn.Tanh()), inputs, owners)
 
 
+@settings(max_examples=40, derandomize=True)
 @given(
     patients(), seeds, st.integers(1, 9), st.sampled_from([None, 0, 2]), st.sampled_from([3, 70])
 )
@@ -167,7 +169,7 @@ class Last(nn.Module):
         return torch.cat([steps[:, -1], state[-1]], 1)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20, derandomize=True)
 @given(
     patients(),
     seeds,
@@ -201,7 +203,7 @@ class Attention(nn.Module):
         return out
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(patients(), seeds, st.integers(1, 12))
 def test_multi_head_attention(owners: Tensor, seed: int, steps: int) -> None:
     torch.manual_seed(seed)
@@ -222,14 +224,14 @@ class Shared(nn.Module):
         return torch.tanh(self.norm(x.mean(2)))
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(patients(), seeds)
 def test_layers_used_twice(owners: Tensor, seed: int) -> None:
     torch.manual_seed(seed)
     agree(Shared(), torch.randn(len(owners), 5, 4), owners)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, derandomize=True)
 @given(patients(), seeds)
 def test_cancelling_gradients_are_not_believed_from_gram_matrices(
     owners: Tensor, seed: int
