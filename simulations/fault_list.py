@@ -195,5 +195,5 @@ FAULTS: tuple[Fault, ...] = (
     Fault("disk-full", "a site can write nothing for two rounds", disk_full, drops=True),
     Fault("clock-off", "a site's clock is a day ahead", clock_off, drops=True),
     Fault("in-the-clear", "somebody reads behind the TLS", nothing_in_the_clear),
-    Fault("older-protocol", "a site speaks an older protocol", older_protocol, ends="failed"),
+    Fault("older-protocol", "a site speaks an older protocol", older_protocol, drops=True),
 )
