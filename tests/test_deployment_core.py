@@ -110,7 +110,7 @@ def test_a_changed_bundle_is_refused_and_nothing_of_it_is_installed(live: Deploy
     with running_link(live.project) as link:
         _start_changed(live, link, changed)
     wait_for("the refusal", lambda: live.status().get("state") == "failed", 240)
-    assert "join" in live.status()["error"]
+    assert "No usable answer came from city, county, rural" in live.status()["error"]
     for name in live.names:
         log = (live.site(name) / "logs" / "supernode.log").read_text()
         assert "Nothing of it was unpacked" in log
