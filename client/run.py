@@ -301,7 +301,12 @@ class SiteRun:
             return np.zeros(self.spec.length, dtype=np.float32), {}
         train = self.trainer.clipped_sum if self.layout.share else self.trainer.train_round
         result = train(self.state.parameters, self._random, round_no)
-        return result.update, {"steps": result.steps}
+        facts: dict[str, object] = {"steps": result.steps}
+        if self.layout.share is None:
+            weight = self.plan.cohort.weight(self.config.name)
+            clip = self.plan.secure_sum.clip_range
+            facts["clamped_coordinates"] = int((np.abs(result.update) * weight > clip).sum())
+        return result.update, facts
 
     def _pack(self, vector: FlatVector, counts: Units, round_no: int) -> RingVector | Packed:
         """What is masked: quantised, and in mode `distributed` with this site's share of noise."""
