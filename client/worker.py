@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 import sys
 import threading
 import time
@@ -44,6 +45,7 @@ from client.site_metrics import Tally
 from shared.supervise import log_to_terminal
 
 ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
+INPUT_S = 300.0
 HEARTBEAT_S = 15.0
 """Flower gives a task up after 60 s without one."""
 BUSY_S, IDLE_S, BUSY_FOR_S = 0.05, 0.5, 120.0
@@ -106,7 +108,8 @@ def _answer(address: str, token: str, tally: Tally) -> None:
     with _client(address, RuntimeTokenHttpInterceptor(token)) as client, _heartbeats(client):
         try:
             # The bundle comes along, was checked by the SuperNode, and is not looked at.
-            message, context, _, _ = pull_task_input(client)
+            with _limited(INPUT_S):
+                message, context, _, _ = pull_task_input(client)
             kind = message.metadata.message_type
             if kind.endswith(".join"):
                 forget_sites()  # a new run begins with what the officer wrote by now
@@ -121,6 +124,21 @@ def _answer(address: str, token: str, tally: Tally) -> None:
     _LOG.info("%s answered in %.2f s", kind, seconds)
     if kind.endswith(".finish"):
         forget_sites()
+
+
+@contextmanager
+def _limited(seconds: float) -> Iterator[None]:
+    """End this process if the block lasts longer; the supervisor starts another.
+
+    A run that is stopped while its message arrives leaves a task whose message never comes.
+    """
+    timer = threading.Timer(seconds, os._exit, (1,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _reply(message: Message, context: Context) -> Message:
