@@ -17,7 +17,8 @@ from client.data.split import split_by_patient
 from client.data.table import ReadingNotes
 from shared.errors import ConfigError
 from shared.files import make_folder
-from shared.plan import StudyPlan, TaskPlan
+from shared.plan import StudyPlan
+from shared.task_plan import TaskPlan
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from shared.counts import Units, due_counts
 from shared.errors import ConfigError, ProtocolError
 from shared.evidence import Witness, log_leaves
 from shared.identity import Identity
+from shared.layout import Packed, VectorLayout
 from shared.messages import decode
 from shared.models import build_model, initial_parameters, parameter_spec
 from shared.optimizers import apply_update, initial_state
@@ -46,11 +47,9 @@ from shared.secagg.messages import Opening, Settlement
 from shared.secagg.ring import RingVector
 from shared.study import (
     Join,
-    Packed,
     Receipt,
     SetupStep,
     Standing,
-    VectorLayout,
     first_terms,
     session_of,
     state_from_bytes,

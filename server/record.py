@@ -26,13 +26,14 @@ from shared.evidence import (
     write_record_file,
 )
 from shared.identity import Identity
+from shared.layout import VectorLayout
 from shared.messages import decode
 from shared.metrics import LEVEL, Reading
 from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
 from shared.privacy import GRID, count_promise_of, epsilon_of, noise_multiplier_of
 from shared.secagg.graph import tolerated_dropouts
-from shared.study import Receipt, VectorLayout, state_to_bytes
+from shared.study import Receipt, state_to_bytes
 
 PROTOCOL_NAME = "fedward-secagg/1"
 _EPSILON_POINTS = 50

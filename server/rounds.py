@@ -33,6 +33,7 @@ from shared.counts import releases_counts
 from shared.errors import CohortError, ConfigError, ProtocolError
 from shared.evidence import Witness
 from shared.identity import verify
+from shared.layout import VectorLayout
 from shared.messages import decode, encode
 from shared.models import build_model, initial_parameters, parameter_spec
 from shared.optimizers import ModelState, apply_update, initial_state
@@ -48,7 +49,6 @@ from shared.study import (
     RecheckRequest,
     RoundRequest,
     SignedReceipt,
-    VectorLayout,
     first_terms,
     session_of,
 )

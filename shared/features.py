@@ -3,7 +3,7 @@
 Numbers are scaled by the plan's plausible range to [-1, 1] and clamped there; categories become
 indicator columns; pixels are scaled by the plan's white. None of it looks at another record, so
 none of it costs privacy. The per-site z-score does look, and is valid with privacy mode `none`
-alone (shared/plan.py refuses it elsewhere).
+alone (a plan refuses it elsewhere).
 
 Columns of the encoded matrix: feature by feature in the plan's order, each feature's value
 columns first, then its missing-indicator where the plan has `missing = "indicator"`.
@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, ImagePlan, TaskPlan
 from shared.scattering import scattering, scattering_width
+from shared.task_plan import FeaturePlan, ImagePlan, TaskPlan
 
 Columns = Mapping[str, NDArray[np.float64] | NDArray[np.int64]]
 """One array per feature: float64 with NaN where missing for a number; int64 index into the

@@ -16,7 +16,8 @@ from shared.config import require
 from shared.errors import ConfigError
 from shared.models import build_model, parameter_spec
 from shared.parameters import FlatVector
-from shared.plan import StudyPlan, TaskPlan
+from shared.plan import StudyPlan
+from shared.task_plan import TaskPlan
 
 SCHEMA = "fedward-model/1"
 Reals = NDArray[np.float64]

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.metrics import fieller
-from shared.plan import FeaturePlan, StudyPlan
+from shared.plan import StudyPlan
+from shared.task_plan import FeaturePlan
 
 Units = NDArray[np.int64]
 Reals = NDArray[np.float64]

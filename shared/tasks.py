@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from shared.errors import ConfigError
-from shared.plan import TaskPlan
+from shared.task_plan import TaskPlan
 
 RecordLosses = Callable[[Tensor, Tensor], Tensor]
 """(outputs (n,) or (n, outputs), codes as float (n,)) -> one loss a record, shape (n,)."""

@@ -21,7 +21,7 @@ from client.data.dataset import PatientDataset
 from client.data.mapping import ColumnMapping, TableMapping
 from client.data.table import read_table
 from shared.config import require
-from shared.plan import TaskPlan
+from shared.task_plan import TaskPlan
 
 HOSPITALS = ("cleveland", "hungarian", "switzerland", "va")
 SPLIT_FILE = "flamby_split.csv"

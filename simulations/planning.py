@@ -17,6 +17,7 @@ from client.guard import check_sensitivity
 from client.policy import DatasetPolicy, Policy, refusals
 from shared.config import parse, read_toml, require
 from shared.counts import count_kind, count_noise, releases_counts
+from shared.layout import VectorLayout
 from shared.models import build_model, parameter_spec
 from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
@@ -30,7 +31,6 @@ from shared.privacy import (
     epsilon_of_events,
 )
 from shared.secagg.graph import tolerated_dropouts
-from shared.study import VectorLayout
 from simulations.run import RunOptions, execute, prepare
 from simulations.scenario import Scenario
 

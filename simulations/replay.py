@@ -17,11 +17,12 @@ from client.app import forget_sites
 from client.run import SiteRun
 from server.app import make_server_app
 from server.rounds import StudyOutcome
+from shared.layout import Packed
 from shared.messages import decode
 from shared.parameters import FlatVector
 from shared.secagg.messages import Descriptor, Opening
 from shared.secagg.ring import RingVector
-from shared.study import Packed, RoundRequest
+from shared.study import RoundRequest
 from simulations.deployment import Deployment
 from simulations.engines import run_in_process
 from simulations.grid import Delivery, Direction, FaultHook, no_faults

@@ -11,7 +11,7 @@ from PIL import Image
 
 from client.data.images import ImageMapping, read_image_folder
 from shared.errors import ConfigError
-from shared.plan import ImagePlan, TaskPlan
+from shared.task_plan import ImagePlan, TaskPlan
 
 TASK = TaskPlan("finding", positive="ill", image=ImagePlan(1, 8, 8))
 TABLE = ImageMapping(values=(("1", "ill"), ("0", "well")))

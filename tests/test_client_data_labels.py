@@ -12,7 +12,7 @@ from client.data.mapping import ColumnMapping, TableMapping
 from client.data.split import split_by_patient
 from client.data.table import read_table
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, TaskPlan
+from shared.task_plan import FeaturePlan, TaskPlan
 from shared.tasks import VALUE_STEPS
 
 AGE = FeaturePlan("age", minimum=0, maximum=120)

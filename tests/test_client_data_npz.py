@@ -11,7 +11,7 @@ import pytest
 
 from client.data.npz import read_npz
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, ImagePlan, TaskPlan
+from shared.task_plan import FeaturePlan, ImagePlan, TaskPlan
 
 TASK = TaskPlan("label", positive="0", image=ImagePlan(1, 28, 28))
 

@@ -21,7 +21,7 @@ from client.data.nifti import read_nifti_folder
 from client.data.scans import ScanMapping
 from client.data.site_config import SourceConfig, read_source
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, ImagePlan, TaskPlan
+from shared.task_plan import FeaturePlan, ImagePlan, TaskPlan
 
 HOUNSFIELD = ImagePlan(1, 128, 128, black=-1000, white=400)
 TASK = TaskPlan("finding", positive="ill", image=HOUNSFIELD)

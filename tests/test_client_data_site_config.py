@@ -14,7 +14,7 @@ from client.data.dataset import PatientDataset
 from client.data.site_config import SourceConfig, read_source
 from client.data.split import split_by_patient
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, ImagePlan, TaskPlan
+from shared.task_plan import FeaturePlan, ImagePlan, TaskPlan
 
 TASK = TaskPlan("ill", features=(FeaturePlan("age", minimum=0, maximum=100),))
 GOOD = """

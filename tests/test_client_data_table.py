@@ -12,7 +12,7 @@ import pytest
 from client.data.mapping import ColumnMapping, TableMapping
 from client.data.table import read_table
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, TaskPlan
+from shared.task_plan import FeaturePlan, TaskPlan
 
 TASK = TaskPlan(
     "outcome",

@@ -11,8 +11,8 @@ import pytest
 
 from client.cli import main
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, TaskPlan
 from shared.released import answers, read_model
+from shared.task_plan import FeaturePlan, TaskPlan
 from simulations.run import RunOptions, execute, prepare
 from simulations.scenario import load_scenario
 

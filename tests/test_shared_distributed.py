@@ -22,18 +22,17 @@ from shared.distributed import (
 from shared.errors import ConfigError
 from shared.plan import (
     CohortPlan,
-    FeaturePlan,
     ModelPlan,
     OptimizerPlan,
     PrivacyPlan,
     SecureSumPlan,
     SitePlan,
     StudyPlan,
-    TaskPlan,
     TrainingPlan,
 )
 from shared.privacy import epsilon_of
 from shared.secagg.ring import Ring
+from shared.task_plan import FeaturePlan, TaskPlan
 
 
 def plan_of(

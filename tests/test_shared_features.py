@@ -16,7 +16,7 @@ from shared.features import (
     fit_zscore,
     scale_pixels,
 )
-from shared.plan import FeaturePlan, ImagePlan, TaskPlan
+from shared.task_plan import FeaturePlan, ImagePlan, TaskPlan
 
 AGE = FeaturePlan("age", minimum=0, maximum=100, missing="indicator")
 PAIN = FeaturePlan("pain", type="category", categories=("none", "mild", "bad"))

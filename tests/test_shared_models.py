@@ -25,7 +25,8 @@ from shared.models import (
     read_parameters,
 )
 from shared.models.image import ResNet18, group_norm
-from shared.plan import FeaturePlan, StudyPlan, TaskPlan
+from shared.plan import StudyPlan
+from shared.task_plan import FeaturePlan, TaskPlan
 
 PLANS = {
     "logistic": make_plan(),

@@ -19,8 +19,9 @@ from client.training import LocalTrainer
 from shared.errors import ConfigError
 from shared.features import PRETRAINED_WIDTHS, image_inputs
 from shared.models import build_model, initial_parameters, input_shape
-from shared.plan import ImagePlan, StudyPlan, from_bytes
+from shared.plan import StudyPlan, from_bytes
 from shared.pretrained import FOLDER, pretrained, weight_shapes
+from shared.task_plan import ImagePlan
 
 
 class ReferenceBlock(nn.Module):

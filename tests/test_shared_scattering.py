@@ -9,8 +9,9 @@ from client.guard import check_sensitivity
 from shared.errors import ConfigError
 from shared.features import feature_width, image_inputs
 from shared.models import build_model, input_shape
-from shared.plan import ImagePlan, StudyPlan
+from shared.plan import StudyPlan
 from shared.scattering import drawn_images, scattering, scattering_width
+from shared.task_plan import ImagePlan
 from simulations.scenario import load_scenario
 
 

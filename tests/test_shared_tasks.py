@@ -14,7 +14,7 @@ from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
 from shared.errors import ConfigError
 from shared.models import build_model, initial_parameters, input_shape
-from shared.plan import FeaturePlan, TaskPlan
+from shared.task_plan import FeaturePlan, TaskPlan
 from shared.tasks import VALUE_STEPS, record_losses, task_kind
 
 AGE = (FeaturePlan("age", minimum=0, maximum=120),)

@@ -19,9 +19,9 @@ from client.share import noisy_integers
 from client.training import LocalTrainer
 from server.rounds import RoundReport
 from shared.distributed import NoiseShare, noise_share
+from shared.layout import VectorLayout
 from shared.models import initial_parameters
 from shared.plan import OptimizerPlan
-from shared.study import VectorLayout
 from simulations.grid import Delivery, Direction
 from simulations.run import RunOptions, execute, prepare
 from simulations.scenario import Scenario, load_scenario

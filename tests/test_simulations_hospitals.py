@@ -16,7 +16,7 @@ from PIL import Image
 from client.data.mapping import ColumnMapping, TableMapping
 from shared.errors import ConfigError
 from shared.features import column_names
-from shared.plan import FeaturePlan, ImagePlan
+from shared.task_plan import FeaturePlan, ImagePlan
 from simulations.hospitals import Hospital, deal_out, load_hospitals
 from simulations.run import RunOptions, execute, prepare
 from simulations.scenario import Scenario, load_scenario

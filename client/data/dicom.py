@@ -32,7 +32,7 @@ from client.data.scans import (
     to_dataset,
 )
 from client.data.table import Reading
-from shared.plan import ImagePlan, TaskPlan
+from shared.task_plan import ImagePlan, TaskPlan
 
 MOST_VALUES = 1 << 28  # of one file: a larger one is damaged, or an attack on memory
 _GREY = ("MONOCHROME1", "MONOCHROME2")

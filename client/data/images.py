@@ -26,7 +26,7 @@ from client.data.table import (
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import image_inputs
-from shared.plan import ImagePlan, TaskPlan
+from shared.task_plan import ImagePlan, TaskPlan
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")

@@ -17,7 +17,7 @@ from client.data.columns import Texts
 from client.data.mapping import TableMapping, numbers_of, plain, translate
 from shared.config import require
 from shared.errors import ConfigError
-from shared.plan import TaskPlan
+from shared.task_plan import TaskPlan
 from shared.tasks import VALUE_STEPS
 
 Codes = NDArray[np.int64]

@@ -27,7 +27,7 @@ from client.data.scans import (
 )
 from client.data.table import Reading
 from shared.config import require
-from shared.plan import ImagePlan, TaskPlan
+from shared.task_plan import ImagePlan, TaskPlan
 
 MOST_VALUES = 1 << 28
 _ENDINGS = (".nii", ".nii.gz")

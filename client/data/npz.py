@@ -20,7 +20,7 @@ from client.data.table import Reading, ReadingNotes
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import image_inputs
-from shared.plan import TaskPlan
+from shared.task_plan import TaskPlan
 
 Part = Literal["train", "val", "test"]
 

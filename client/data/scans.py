@@ -28,7 +28,7 @@ from client.data.table import (
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import features_of_scaled
-from shared.plan import ImagePlan, TaskPlan
+from shared.task_plan import ImagePlan, TaskPlan
 
 Key = Literal["patient", "study", "series", "file"]
 Values = NDArray[np.float32]

@@ -17,7 +17,7 @@ from client.data.npz import read_npz
 from client.data.scans import ScanMapping
 from client.data.table import Reading, read_table
 from shared.config import require
-from shared.plan import TaskPlan
+from shared.task_plan import TaskPlan
 
 
 @dataclass(frozen=True)

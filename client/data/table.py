@@ -22,7 +22,7 @@ from client.data.mapping import TableMapping, numbers_of, plain, translate, year
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import MISSING_CATEGORY, clamped_counts, encode
-from shared.plan import FeaturePlan, TaskPlan
+from shared.task_plan import FeaturePlan, TaskPlan
 
 MOST_IMPLAUSIBLE = 0.5  # share of a column's values; more are a mistake, fewer are clamped
 

@@ -15,7 +15,8 @@ from torch.nn import functional
 from shared.config import require
 from shared.errors import ConfigError
 from shared.models.table import single
-from shared.plan import ImagePlan, StudyPlan
+from shared.plan import StudyPlan
+from shared.task_plan import ImagePlan
 from shared.tasks import task_kind
 
 SMALL_IMAGE = 64  # up to this many pixels a side, ResNet keeps its first layer at full resolution

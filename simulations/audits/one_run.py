@@ -21,8 +21,9 @@ from scipy import stats
 
 from client.data.dataset import PatientDataset
 from shared.errors import ConfigError
-from shared.plan import FeaturePlan, StudyPlan, TaskPlan
+from shared.plan import StudyPlan
 from shared.privacy import noise_multiplier_of
+from shared.task_plan import FeaturePlan, TaskPlan
 from simulations.audits.bounds import (
     Bits,
     Mechanism,

@@ -17,12 +17,12 @@ from server.results import read_results
 from server.rounds import RoundReport, StudyOutcome
 from server.transport import GridTransport
 from shared.evidence import PublishedSum, read_frames
+from shared.layout import VectorLayout
 from shared.messages import decode
 from shared.models import initial_parameters
 from shared.optimizers import ModelState, apply_update, initial_state
 from shared.plan import StudyPlan
 from shared.secagg import merkle
-from shared.study import VectorLayout
 from simulations.audits.chain import History, Round
 from simulations.audits.checks import demand
 

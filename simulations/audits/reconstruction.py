@@ -31,8 +31,9 @@ from shared.models import (
     read_parameters,
     starting_point,
 )
-from shared.plan import ImagePlan, StudyPlan, TaskPlan
+from shared.plan import StudyPlan
 from shared.privacy import noise_multiplier_of
+from shared.task_plan import ImagePlan, TaskPlan
 from simulations.audits.finding import (
     AuditOptions,
     AuditTarget,

@@ -38,20 +38,12 @@ from client.share import noisy_integers
 from client.training import LocalTrainer
 from shared.distributed import NoiseShare
 from shared.errors import AuditError
+from shared.layout import VectorLayout
 from shared.models import initial_parameters
-from shared.plan import (
-    CohortPlan,
-    FeaturePlan,
-    ModelPlan,
-    PrivacyPlan,
-    SitePlan,
-    StudyPlan,
-    TaskPlan,
-    TrainingPlan,
-)
+from shared.plan import CohortPlan, ModelPlan, PrivacyPlan, SitePlan, StudyPlan, TrainingPlan
 from shared.privacy import epsilon_of
 from shared.secagg.ring import RingVector
-from shared.study import VectorLayout
+from shared.task_plan import FeaturePlan, TaskPlan
 from simulations.benchmarks.report import Row, parser, publish
 
 FEATURES = 4

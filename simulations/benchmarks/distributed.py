@@ -44,8 +44,9 @@ from server.app import make_server_app
 from shared.distributed import divisor
 from shared.models import build_model, initial_parameters, parameter_spec
 from shared.optimizers import apply_update, initial_state
-from shared.plan import EvaluationPlan, ImagePlan, SitePlan, StudyPlan
+from shared.plan import EvaluationPlan, SitePlan, StudyPlan
 from shared.privacy import noise_multiplier_of
+from shared.task_plan import ImagePlan
 from simulations.benchmarks.report import Row, best_of, parser, publish
 from simulations.engines import run_in_process
 from simulations.hospitals import Hospital

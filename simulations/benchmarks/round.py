@@ -38,8 +38,9 @@ from shared.flower import body_of, content
 from shared.models import build_model, initial_parameters, parameter_spec
 from shared.optimizers import ModelState, apply_update, initial_state
 from shared.parameters import FlatVector
-from shared.plan import EvaluationPlan, ImagePlan, SitePlan, StudyPlan
+from shared.plan import EvaluationPlan, SitePlan, StudyPlan
 from shared.privacy import noise_multiplier_of
+from shared.task_plan import ImagePlan
 from simulations.benchmarks.report import Row, parser, publish
 from simulations.engines import run_in_process
 from simulations.grid import InProcessGrid

@@ -1,0 +1,168 @@
+"""What one masked vector of a study holds, and what the sum of all of them means."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.counts import CountNoise, Units, count_kind, count_noise, due_counts, releases_counts
+from shared.distributed import NoiseShare, divisor, noise_share
+from shared.errors import ProtocolError
+from shared.parameters import FlatVector
+from shared.plan import StudyPlan
+from shared.secagg.ring import Quantised, Ring, RingVector
+
+
+@dataclass(frozen=True)
+class VectorLayout:
+    """What one masked vector holds: the model update, then the evaluation counts as digits."""
+
+    plan: StudyPlan
+    parameters: int
+
+    @cached_property
+    def ring(self) -> Ring:
+        """The ring of the plan's secure sum."""
+        return Ring(self.plan.secure_sum.bits, len(self.plan.cohort.sites))
+
+    @property
+    def counts(self) -> int:
+        """Counts in the vector: the cells of one release, or none."""
+        return 0 if self.count_noise is None else count_kind(self.plan).cells(self.plan)
+
+    @cached_property
+    def count_noise(self) -> CountNoise | None:
+        """Unit and noise of the counts; None where none are released."""
+        return count_noise(self.plan) if releases_counts(self.plan) else None
+
+    @property
+    def _exact(self) -> bool:
+        return self.count_noise is not None and not self.count_noise.deviation
+
+    @cached_property
+    def length(self) -> int:
+        """Coordinates of the whole vector."""
+        lanes = self.ring.lanes(self._most) if self._exact else 1
+        return self.parameters + self.counts * lanes
+
+    @property
+    def _most(self) -> int:
+        return self.count_noise.clamp if self.count_noise else 1
+
+    def pack(self, update: FlatVector, weight: float, counts: Units, key: bytes) -> Packed:
+        """The vector of one site, quantised while it is masked.
+
+        Args:
+            update: float32, shape (parameters,).
+            weight: The site's public weight, in (0, 1].
+            counts: int64, shape (counts,), in units, noise included.
+            key: 32 secret bytes for the rounding, used for this vector alone.
+        """
+        clip = self.plan.secure_sum.clip_range
+        body = Quantised(update, self.ring, clip_range=clip, key=key, weight=weight)
+        return Packed(body, self._tail(counts))
+
+    def _tail(self, counts: Units) -> RingVector:
+        """Exact counts as digits, which no server can make wrap; noisy ones as they are.
+
+        Digits of noisy counts would be summed each by itself, and so say more than the sum.
+        """
+        if self._exact:
+            return self.ring.counts_to_lanes(counts, max_count=self._most)
+        return self._reduced(counts)
+
+    def _reduced(self, integers: Units) -> RingVector:
+        return (integers & int(self.ring.modulus_mask)).astype(np.uint32)
+
+    @cached_property
+    def share(self) -> NoiseShare | None:
+        """How sites of a `distributed` plan scale their sums and share the noise; else None."""
+        if self.plan.privacy.mode != "distributed" or not self.plan.learns:
+            return None
+        return noise_share(self.plan, self.parameters)
+
+    def pack_integers(self, sums: Units, counts: Units) -> RingVector:
+        """The vector of one site in mode `distributed`: noisy integers, reduced into the ring.
+
+        Args:
+            sums: int64, shape (parameters,), in ring units, noise included.
+            counts: int64, shape (counts,), in units, noise included.
+        """
+        return np.concatenate([self._reduced(sums), self._tail(counts)])
+
+    def update_of(self, total: RingVector, contributors: tuple[str, ...]) -> FlatVector:
+        """The update that a published sum stands for.
+
+        In mode `local` the sites' weighted mean; in mode `distributed` one step against the
+        summed gradient, divided by the public expected batch of the contributors.
+
+        Args:
+            total: uint32, shape (length,).
+            contributors: The sites in the sum, whose public weights divide it.
+
+        Returns:
+            float32, shape (parameters,).
+        """
+        if self.share is not None:
+            rate = self.plan.training.learning_rate
+            unit = -rate / (self.share.scale * divisor(self.plan, contributors))
+            step = self.ring.signed(total[: self.parameters]) * np.float64(unit)
+            return step.astype(np.float32)
+        clip = self.plan.secure_sum.clip_range
+        summed = self.ring.dequantise(total[: self.parameters], clip_range=clip)
+        weight = sum(self.plan.cohort.weight(name) for name in sorted(contributors))
+        return (summed / np.float32(weight)).astype(np.float32, copy=False)
+
+    def counts_of(self, total: RingVector) -> NDArray[np.float64]:
+        """The summed counts of a published sum, in patients: float64, shape (counts,).
+
+        Raises:
+            ProtocolError: an exact count is larger than honest sites can make it.
+        """
+        tail = total[self.parameters :]
+        if self.count_noise is None:
+            return np.zeros(0)
+        if self._exact:
+            return self.ring.lanes_to_counts(tail, max_count=self._most) / self.count_noise.unit
+        return self.ring.signed(tail) / np.float64(self.count_noise.unit)
+
+    def released_counts(self, total: RingVector, finished: int) -> NDArray[np.float64]:
+        """The counts of a sum that started from the model of `finished` rounds.
+
+        Empty where the plan releases none then, or where some site sent more than it may.
+        """
+        if not due_counts(self.plan, finished):
+            return np.zeros(0)
+        try:
+            return self.counts_of(total)
+        except ProtocolError:
+            return np.zeros(0)
+
+
+class Packed:
+    """A site's ring vector made chunk by chunk; a `masking.Source`."""
+
+    def __init__(self, body: Quantised, tail: RingVector) -> None:
+        self._body, self._tail = body, tail
+        self.length = body.length + len(tail)
+
+    def reader(self, start: int) -> Callable[[RingVector], None]:
+        """Fill the next coordinates from `start` on."""
+        inside = min(start, self._body.length)
+        read_body = self._body.reader(inside) if inside < self._body.length else None
+        at = start
+
+        def read(out: RingVector) -> None:
+            nonlocal at
+            from_body = min(max(self._body.length - at, 0), len(out))
+            if from_body and read_body is not None:
+                read_body(out[:from_body])
+            behind = at + from_body - self._body.length
+            out[from_body:] = self._tail[behind : behind + len(out) - from_body]
+            at += len(out)
+
+        return read
