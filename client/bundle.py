@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import flwr
+from flwr.supercore.run import RunNotRunningException
 
 from shared.bundle import bundle_sha256
 from shared.errors import ConfigError
@@ -105,12 +106,31 @@ def install_hooks(expected_sha256: str) -> None:
 
     def pull_checked(**kwargs: Any) -> int | None:
         # Flower checks a bundle only where some entity is trusted; which one plays no part here.
-        run_id: int | None = pull(**kwargs | {"trusted_entities": {"fedward": expected_sha256}})
+        changed: dict[str, Any] = {"trusted_entities": {"fedward": expected_sha256}}
+        for name in ("pull_object", "confirm_message_received"):
+            changed[name] = _ends_the_task(kwargs[name])
+        run_id: int | None = pull(**kwargs | changed)
         asked.answered(run_id is not None)
         return run_id
 
     internal._pull_and_store_message = pull_checked
     internal.time = asked
+
+
+def _ends_the_task(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Where a run is over while its message arrives: let Flower drop the message and its task.
+
+    Flower's own exception passes by the place that does so, and a worker would wait for the rest
+    of that message for ever.
+    """
+
+    def checked(*arguments: Any) -> Any:
+        try:
+            return call(*arguments)
+        except RunNotRunningException as error:
+            raise RuntimeError("the run is over") from error
+
+    return checked
 
 
 def _allow(expected_sha256: str) -> Callable[[Any, dict[str, str]], bool]:

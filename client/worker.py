@@ -6,8 +6,8 @@ task, lets the *installed* ClientApp answer it, and asks again. What must outliv
 site's folder, so it may be killed at any time: the SuperNode then reports an error for the one
 message that it held, and the supervisor starts another.
 
-It uses inner parts of Flower 1.41 (named in the imports below); tests/test_client_worker.py fails
-when they change.
+It uses inner parts of Flower 1.41 (named in the imports below); `check_hooks` in client/bundle.py
+refuses another Flower, and tests/test_deployment_core.py runs the worker against this one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from flwr.proto.runtime_pb2 import (
     SendTaskHeartbeatRequest,
 )
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -116,7 +117,7 @@ def _answer(address: str, token: str, tally: Tally) -> None:
             push_message(client, _reply(message, context), context)
             output = PushTaskOutputRequest(sub_status=SubStatus.COMPLETED, details="")
             client.PushTaskOutput(output)
-        except (httpx.HTTPError, RuntimeError) as error:
+        except (httpx.HTTPError, RuntimeError, ObjectPullError) as error:
             _LOG.warning("a message went unanswered (%s)", type(error).__name__)
             return
     seconds = time.monotonic() - started

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
 from flwr.supercore.object_store import ObjectStoreFactory
-from flwr.supercore.run import Run
+from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import start_client_internal as internal
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 
@@ -81,7 +81,18 @@ def _message() -> Message:
     return message
 
 
-def _offer(state: NodeState, fab: Fab, *, hooked: bool = True) -> None:
+def _nothing(run_id: int, object_id: str) -> bytes:
+    del run_id, object_id
+    return b""
+
+
+def _offer(
+    state: NodeState,
+    fab: Fab,
+    *,
+    hooked: bool = True,
+    pull_object: Callable[[int, str], bytes] = _nothing,
+) -> None:
     """Let the SuperLink offer a message and a bundle, over the connection as the hooks made it."""
     message = _message()
 
@@ -97,7 +108,7 @@ def _offer(state: NodeState, fab: Fab, *, hooked: bool = True) -> None:
             None,
             lambda run_id: run,
             lambda fab_hash, run_id: fab,
-            lambda run_id, object_id: b"",
+            pull_object,
             None,
             lambda run_id, object_id: None,
         )
@@ -152,3 +163,17 @@ def test_without_the_hooks_flower_takes_the_changed_bundle(state: NodeState) -> 
     claim = hashlib.sha256(changed).hexdigest()
     _offer(state, _fab(changed, claim), hooked=False)
     assert state.get_fab(claim) is not None
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_a_run_that_ends_while_its_message_arrives_leaves_no_task_behind(
+    state: NodeState, hooked: bool
+) -> None:
+    def over(run_id: int, object_id: str) -> bytes:
+        raise RunNotRunningException
+
+    _offer(state, _fab(build_bundle(), bundle_sha256()), hooked=hooked, pull_object=over)
+    (task,) = state.get_tasks(run_ids=[RUN])
+    waiting = state.get_messages_legacy(is_reply=False)
+    # Without the hooks, the control: Flower leaves a task whose message never comes.
+    assert (task.status.status == "finished", not waiting) == (hooked, hooked)
