@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
+import httpx
 from flwr.app import Message, MessageType
 from flwr.serverapp import Grid
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from server.outcome import Traffic
 from shared.errors import CohortError, ProtocolError
@@ -216,13 +218,10 @@ class GridTransport:
         sent: dict[str, int] = {}
         for node in nodes:
             body = body_for(node)
-            message = self._grid.create_message(
-                content(body), kind, node, group_id=action, ttl=timeout_s
-            )
             tally.messages += 1
             tally.bytes_down += len(body)
             tally.largest = max(tally.largest, len(body))
-            sent |= dict.fromkeys(self._grid.push_messages([message]), node)
+            sent |= dict.fromkeys(self._push(action, kind, node, body, timeout_s), node)
         replies: dict[int, bytes] = {}
         deadline = self._clock() + timeout_s
         while sent:
@@ -239,6 +238,26 @@ class GridTransport:
                 break
             self._sleep(self._poll_s)
         return replies
+
+    def _push(
+        self, action: str, kind: str, node: int, body: bytes, timeout_s: float
+    ) -> Iterable[str]:
+        """Hand one message to the SuperLink; anew, if it was restarted in the middle of that.
+
+        Should both arrive, the site answers the second from its store.
+        """
+        deadline = self._clock() + timeout_s
+        while True:
+            message = self._grid.create_message(
+                content(body), kind, node, group_id=action, ttl=timeout_s
+            )
+            try:
+                return self._grid.push_messages([message])
+            except (ObjectPushError, httpx.HTTPError) as error:
+                if self._clock() >= deadline:
+                    raise
+                _LOG.warning("%s: the SuperLink took no message (%s)", action, type(error).__name__)
+                self._sleep(max(self._poll_s, 1.0))
 
     def _body(self, action: str, message: Message) -> bytes | None:
         if message.has_error():

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from flwr.app import Message, RecordDict
+from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 from flwr.supercore.task_identity import TaskIdentity
 
 from server.transport import GridTransport
@@ -137,3 +138,33 @@ def test_the_wait_ends_with_names_and_a_way_out() -> None:
         transport(clock, told, grid).exchange("round", REQUESTS, 5.0)
     assert 60.0 <= clock.now < 65.0
     assert grid.asked == []
+
+
+class Restarting(Grid):
+    """A SuperLink that is restarted while it takes messages."""
+
+    def __init__(self, failures: int) -> None:
+        super().__init__()
+        self._failures = failures
+
+    def push_messages(self, messages: list[Message]) -> list[str]:
+        """Fail first: what was pushed before the restart is unknown after it."""
+        if self._failures:
+            self._failures -= 1
+            raise ObjectPushError("an object", 1, "a session")
+        return super().push_messages(messages)
+
+
+@pytest.mark.parametrize("failures", [0, 3])
+def test_a_superlink_that_restarts_while_it_takes_a_message_is_asked_again(failures: int) -> None:
+    clock = Clock({0.0: SITES})
+    carrier = transport(clock, [], Restarting(failures))
+    assert set(carrier.exchange("round", REQUESTS, 30.0)) == set(SITES)
+
+
+def test_a_superlink_that_stays_away_ends_the_wait() -> None:
+    clock = Clock({0.0: SITES})
+    carrier = transport(clock, [], Restarting(1000))
+    with pytest.raises(ObjectPushError):
+        carrier.exchange("round", REQUESTS, 30.0)
+    assert 30 <= clock.now <= 32
