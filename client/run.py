@@ -292,6 +292,7 @@ class SiteRun:
             steps=self.plan.training.local_steps if use == "training" else 1,
             population=self._people[use].digest,
             used_for=use,
+            epoch=self._epochs.number,
         )
 
     def _train(self, round_no: int) -> tuple[FlatVector, dict[str, object]]:

@@ -18,7 +18,8 @@ def test_shares_never_add_up_to_more_than_the_machine(sites: int, cores: int, gp
     at_once = min(sites, cores // share.cores)
     assert at_once >= 1
     assert at_once * share.cores <= cores
-    assert sites * share.gpus <= gpus or share.gpus == 1
+    # In thousandths, as Ray counts them: 25 sites at 0.28 of 7 come to 7.000000000000001.
+    assert sites * round(1000 * share.gpus) <= 1000 * gpus or share.gpus == 1
     assert (share.gpus > 0) == (gpus > 0)
 
 
