@@ -20,7 +20,7 @@ from client import (
     commands_run,
     commands_study,
 )
-from shared.command import EXIT_CODES, folder_option, run_command
+from shared.command import EXIT_CODES, folder_option, new_parser, run_command
 
 _EPILOG = f"""\
 from nothing to ready:
@@ -48,15 +48,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fedward-site",
-        description="The hospital's side: its keys, its policy, its consent, its privacy ledger. "
+    parser, commands = new_parser(
+        "fedward-site",
+        "The hospital's side: its keys, its policy, its consent, its privacy ledger. "
         "No server can change any of it.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EPILOG,
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands_enrol.add_commands(commands)
     commands_check.add_commands(commands)
     commands_data.add_commands(commands)

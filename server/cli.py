@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from server import commands_project, commands_run
-from shared.command import EXIT_CODES, folder_option, run_command
+from shared.command import EXIT_CODES, folder_option, new_parser, run_command
 
 _EPILOG = f"""\
 examples:
@@ -32,15 +32,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="fedward-server",
-        description="The coordinator's side: who takes part, and the studies that they run. The "
+    parser, commands = new_parser(
+        "fedward-server",
+        "The coordinator's side: who takes part, and the studies that they run. The "
         "server sees no update of any site; it cannot change what a site allows.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EPILOG,
     )
-    parser.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
     commands_project.add_commands(commands)
     commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_PROJECT", "."))

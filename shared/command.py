@@ -72,6 +72,20 @@ def _trace(arguments: argparse.Namespace) -> None:
         traceback.print_exc()
 
 
+def new_parser(
+    prog: str, description: str, epilog: str
+) -> tuple[argparse.ArgumentParser, Commands]:
+    """A command line with --debug, to which each file of commands adds its own."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    return parser, parser.add_subparsers(required=True, metavar="COMMAND")
+
+
 def folder_option(parser: argparse.ArgumentParser, flag: str, default: Path, what: str) -> None:
     """Let `flag DIR` stand before the command or after it, on every command of `parser`."""
     parser.add_argument(

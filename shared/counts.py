@@ -26,7 +26,7 @@ from shared.metrics import Reading, read_binary, score_histogram
 from shared.plan import StudyPlan
 from shared.privacy import count_noise_multiplier
 from shared.statistics import Records, count_features, feature_cells, read_features
-from shared.tasks import VALUE_STEPS
+from shared.tasks import values_of
 
 Units = NDArray[np.int64]
 
@@ -96,7 +96,7 @@ def _count_classes(plan: StudyPlan, records: Records, unit: int) -> Units:
 
 def _count_values(plan: StudyPlan, records: Records, unit: int) -> Units:
     weights = record_weights(records.owners, unit)
-    values = records.labels.astype(np.float64) * (2.0 / VALUE_STEPS) - 1.0
+    values = values_of(records.labels.astype(np.float64))
     return outcomes.count_values(records.outputs, values, weights, records.owners)
 
 
@@ -159,6 +159,18 @@ def count_kind(plan: StudyPlan) -> CountKind:
     if kind is None:
         raise ConfigError(f"task {plan.task.kind!r} has no counts yet; use release = 'none'")
     return kind
+
+
+def exact_metrics(plan: StudyPlan, counts: NDArray[np.float64]) -> dict[str, float]:
+    """The metrics of counts without noise, in patients.
+
+    Raises:
+        ConfigError: no patient was counted.
+    """
+    metrics = count_kind(plan).read(plan, counts, 0.0).metrics
+    if not metrics.pop("count") > 0:
+        raise ConfigError("no test patient was counted; give at least one site a test part")
+    return metrics
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ConfigError
-
 Counts = NDArray[np.int64]
 Reals = NDArray[np.float64]
 Interval = tuple[float, float]
@@ -88,24 +86,6 @@ def _probabilities(bins: int) -> Reals:
     return scores
 
 
-def binary_metrics(counts: Counts | Reals) -> dict[str, float]:
-    """AUROC and threshold metrics (at probability 1/2) from a summed score histogram without noise.
-
-    Args:
-        counts: Shape (2 * bins,), as `score_histogram` gives, or a sum of such.
-
-    Returns:
-        auroc, accuracy, balanced_accuracy, recall, specificity, precision, f1, brier, ece,
-        count. A metric that is undefined (one class only) is left out.
-
-    Raises:
-        ConfigError: no patient was counted.
-    """
-    if not counts.sum() > 0:
-        raise ConfigError("no test patient was counted; give at least one site a test part")
-    return read_binary(counts.astype(np.float64), 0.0).metrics
-
-
 def read_binary(counts: Reals, deviation: float) -> Reading:
     """The metrics of a summed score histogram whose every cell carries independent normal noise.
 
@@ -114,7 +94,8 @@ def read_binary(counts: Reals, deviation: float) -> Reading:
         deviation: Standard deviation of a cell's noise, in patients; 0 gives no intervals.
 
     Returns:
-        Metrics as in `binary_metrics`, within [0, 1], and an interval for each.
+        auroc, accuracy, balanced_accuracy, recall, specificity, precision, f1, brier and ece within
+        [0, 1], each with an interval, and count. What is undefined (one class only) is left out.
     """
     forms = _Forms(counts.reshape(2, -1), deviation)
     found = {name: forms.ratio(*parts) for name, parts in forms.ratios().items()}

@@ -17,8 +17,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,6 +32,7 @@ RecordLosses = Callable[[Tensor, Tensor], Tensor]
 """(outputs (n,) or (n, outputs), codes as float (n,)) -> one loss a record, shape (n,)."""
 
 VALUE_STEPS = 1 << 20
+Reals = TypeVar("Reals", Tensor, NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,8 @@ def record_losses(task: TaskPlan) -> RecordLosses:
     return partial(task_kind(task).losses, task)
 
 
-def values_of(codes: Tensor) -> Tensor:
-    """The label values that regression codes stand for, in [-1, 1]."""
+def values_of(codes: Reals) -> Reals:
+    """The label values that regression codes stand for, in [-1, 1]; tensor or array of reals."""
     return codes * (2.0 / VALUE_STEPS) - 1.0
 
 

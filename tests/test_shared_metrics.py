@@ -7,9 +7,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sk
+from training_cases import make_plan
 
+from shared.counts import exact_metrics
 from shared.errors import ConfigError
-from shared.metrics import binary_metrics, score_histogram
+from shared.metrics import read_binary, score_histogram
+
+
+def binary_metrics(counts: np.ndarray) -> dict[str, float]:
+    """The metrics of a histogram without noise."""
+    return read_binary(counts.astype(np.float64), 0.0).metrics
 
 
 def scores(seed: int, spread: float) -> tuple[np.ndarray, np.ndarray]:
@@ -59,7 +66,7 @@ def test_one_class_has_no_auroc_and_nobody_has_no_metrics() -> None:
     assert "auroc" not in only_negative
     assert only_negative["accuracy"] == 0.5
     with pytest.raises(ConfigError, match="no test patient"):
-        binary_metrics(np.zeros(32, dtype=np.int64))
+        exact_metrics(make_plan(), np.zeros(512))
 
 
 def test_non_finite_scores_are_counted_not_lost() -> None:

@@ -21,6 +21,7 @@ from pydicom.errors import InvalidDicomError
 from pydicom.pixels.processing import apply_color_lut, apply_modality_lut
 
 from client.data.scans import (
+    MOST_VALUES,
     Found,
     Scan,
     ScanMapping,
@@ -29,12 +30,12 @@ from client.data.scans import (
     files_below,
     fit_grid,
     image_of,
+    scaled,
     to_dataset,
 )
 from client.data.table import Reading
 from shared.task_plan import ImagePlan, TaskPlan
 
-MOST_VALUES = 1 << 28  # of one file: a larger one is damaged, or an attack on memory
 _GREY = ("MONOCHROME1", "MONOCHROME2")
 _COLOUR = ("RGB", "PALETTE COLOR", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 
@@ -171,8 +172,8 @@ def _frames(file: _File, image: ImagePlan, window: str) -> Values:
     if not np.isfinite(values).all():
         raise UnusableScanError("pixel values that are not finite")
     black, white = _window(file.header, window, image, grey)
-    scaled: Values = np.clip((values - black) / (white - black) * 2 - 1, -1, 1).astype(np.float32)
-    return -scaled if kind == "MONOCHROME1" else scaled
+    shown = scaled(values, black, white)
+    return -shown if kind == "MONOCHROME1" else shown
 
 
 def _modality_values(path: Path, kind: str) -> Values:

@@ -16,6 +16,7 @@ import numpy as np
 from nibabel.filebasedimages import ImageFileError
 
 from client.data.scans import (
+    MOST_VALUES,
     Found,
     Scan,
     ScanMapping,
@@ -23,13 +24,13 @@ from client.data.scans import (
     files_below,
     fit_grid,
     image_of,
+    scaled,
     to_dataset,
 )
 from client.data.table import Reading
 from shared.config import require
 from shared.task_plan import ImagePlan, TaskPlan
 
-MOST_VALUES = 1 << 28
 _ENDINGS = (".nii", ".nii.gz")
 
 
@@ -65,9 +66,8 @@ def _scan(file: str, path: Path, image: ImagePlan, mapping: ScanMapping) -> Scan
         raise UnusableScanError("not a readable NIfTI file, or cut short") from None
     if not np.isfinite(values).all():
         raise UnusableScanError("values that are not finite")
-    scaled = np.clip((values - image.black) / (image.white - image.black) * 2 - 1, -1, 1)
     # (x, y, z) to (slices, rows, columns) as a radiologist looks at them.
-    grid = np.transpose(scaled.astype(np.float32), (2, 1, 0))[:, ::-1, :, None]
+    grid = np.transpose(scaled(values, image.black, image.white), (2, 1, 0))[:, ::-1, :, None]
     fitted = fit_grid(np.ascontiguousarray(grid), image, resize=mapping.resize)
     name = path.name[: path.name.lower().rindex(".nii")]
     patient = name.split(mapping.patient_separator)[0] if mapping.patient_separator else name

@@ -33,6 +33,9 @@ from shared.task_plan import ImagePlan, TaskPlan
 Key = Literal["patient", "study", "series", "file"]
 Values = NDArray[np.float32]
 
+MOST_VALUES = 1 << 28
+"""Of one file: a larger one is damaged, or an attack on memory."""
+
 
 @dataclass(frozen=True)
 class ScanMapping:
@@ -159,6 +162,12 @@ def _label_texts(folder: Path, scans: Sequence[Scan], mapping: ScanMapping) -> S
             "row. Correct one.",
         )
     return [known.get(getattr(scan, mapping.key)) for scan in scans]
+
+
+def scaled(values: Values, black: float, white: float) -> Values:
+    """A scan's own values brought from [black, white] to [-1, 1], clamped."""
+    inside: Values = np.clip((values - black) / (white - black) * 2 - 1, -1, 1).astype(np.float32)
+    return inside
 
 
 def fit_grid(values: Values, image: ImagePlan, *, resize: bool) -> Values:

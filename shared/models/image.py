@@ -23,50 +23,30 @@ SMALL_IMAGE = 64  # up to this many pixels a side, ResNet keeps its first layer 
 
 
 class SmallCnn(nn.Module):
-    """Three convolutions and a pooled head: (records, c, h, w) -> (records,) or (records, outputs).
+    """Three convolutions, a pooled head: (records, c, *grid) -> (records,) or (records, outputs).
 
     Two early strides keep it cheap on a CPU. The head sees the mean and the maximum of each
     local feature over the image, so a small finding counts wherever it lies. With width 16 and
-    one channel it has about 14,000 parameters: few enough to train well under DP.
+    one channel it has about 14,000 parameters: few enough to train well under DP. `volume` puts
+    cubes for squares; width 8 and one channel then make about 23,000.
     """
 
-    def __init__(self, channels: int, width: int, outputs: int = 1) -> None:
+    def __init__(
+        self, channels: int, width: int, outputs: int = 1, *, volume: bool = False
+    ) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 5, stride=2, padding=2)
+        conv = nn.Conv3d if volume else nn.Conv2d
+        self.conv1 = conv(channels, width, 5, stride=2, padding=2)
         self.norm1 = group_norm(width)
-        self.conv2 = nn.Conv2d(width, 2 * width, 3, stride=2, padding=1)
+        self.conv2 = conv(width, 2 * width, 3, stride=2, padding=1)
         self.norm2 = group_norm(2 * width)
-        self.conv3 = nn.Conv2d(2 * width, 2 * width, 3, padding=1)
+        self.conv3 = conv(2 * width, 2 * width, 3, padding=1)
         self.norm3 = group_norm(2 * width)
         self.head = nn.Linear(4 * width, outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         """What the task wants of each record; see shared/tasks.py."""
         x = functional.relu(self.norm1(self.conv1(images)))
-        x = functional.relu(self.norm2(self.conv2(x)))
-        x = functional.relu(self.norm3(self.conv3(x))).flatten(2)
-        return single(self.head(torch.cat([x.mean(2), x.amax(2)], dim=1)))
-
-
-class SmallCnn3d(nn.Module):
-    """The small CNN for volumes: (records, c, d, h, w) -> (records,) or (records, outputs).
-
-    As `SmallCnn`, with cubes for squares; width 8 and one channel make about 23,000 parameters.
-    """
-
-    def __init__(self, channels: int, width: int, outputs: int = 1) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv3d(channels, width, 5, stride=2, padding=2)
-        self.norm1 = group_norm(width)
-        self.conv2 = nn.Conv3d(width, 2 * width, 3, stride=2, padding=1)
-        self.norm2 = group_norm(2 * width)
-        self.conv3 = nn.Conv3d(2 * width, 2 * width, 3, padding=1)
-        self.norm3 = group_norm(2 * width)
-        self.head = nn.Linear(4 * width, outputs)
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """What the task wants of each record; see shared/tasks.py."""
-        x = functional.relu(self.norm1(self.conv1(volumes)))
         x = functional.relu(self.norm2(self.conv2(x)))
         x = functional.relu(self.norm3(self.conv3(x))).flatten(2)
         return single(self.head(torch.cat([x.mean(2), x.amax(2)], dim=1)))
@@ -153,7 +133,8 @@ def cnn(plan: StudyPlan) -> nn.Module:
 
 def cnn3d(plan: StudyPlan) -> nn.Module:
     """The small CNN for volumes; `width` is its first layer's channels."""
-    return SmallCnn3d(_image(plan, volume=True).channels, plan.model.width, _outputs(plan))
+    channels = _image(plan, volume=True).channels
+    return SmallCnn(channels, plan.model.width, _outputs(plan), volume=True)
 
 
 def pooled_linear(plan: StudyPlan) -> nn.Module:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from shared.command import run_command
+from shared.command import new_parser, run_command
 from simulations.audits import commands_log, commands_probe, commands_report, commands_verify
 
 _EPILOG = """\
@@ -31,15 +31,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    top = argparse.ArgumentParser(
-        prog="fedward-audit",
-        description="Verify offline what left each hospital and what it cost; attack the system, "
+    top, commands = new_parser(
+        "fedward-audit",
+        "Verify offline what left each hospital and what it cost; attack the system, "
         "and show what the attacks reach.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        _EPILOG,
     )
-    top.add_argument("--debug", action="store_true", help="show tracebacks")
-    commands = top.add_subparsers(required=True, metavar="COMMAND")
     commands_verify.add_commands(commands)
     commands_report.add_commands(commands)
     commands_probe.add_commands(commands)
