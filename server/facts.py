@@ -251,6 +251,14 @@ def better_alone(results: Results, metric: str) -> list[BetterAlone] | None:
     return sorted(found, key=lambda b: -abs(b.alone - b.together)) if compared else None
 
 
+INSECURE = (
+    "INSECURE, REPRODUCIBLE: the noise follows from the seed. Whoever knows the seed can subtract "
+    "it, and no epsilon here protects anybody. For comparing runs, never for real patients."
+)
+GRAVE = ("NO PRIVACY", "PROMISE BROKEN", "INSECURE")
+"""How the warnings begin that make a run's epsilon worthless."""
+
+
 def warnings(results: Results) -> list[str]:
     """The run's own warnings, and what follows from its record; the gravest first."""
     found = []
@@ -269,6 +277,8 @@ def warnings(results: Results) -> list[str]:
             f"PROMISE BROKEN: epsilon {spent_amount(spent, 3)} was spent, "
             f"{amount(promised, 3)} was promised."
         )
+    if get(results, "insecure_reproducible") is True:
+        found.append(INSECURE)
     if get(results, "synthetic") is True:
         found.append("Synthetic data: the figures say how the system works, nothing on patients.")
     if get(results, "final", "exact") is True and main_metric(results) is not None:

@@ -97,7 +97,7 @@ def _masthead(results: Results, title: str) -> Html:
 
 def _banner(results: Results) -> Html | None:
     """The gravest facts, above everything else."""
-    grave = [w for w in facts.warnings(results) if w.startswith(("NO PRIVACY", "PROMISE BROKEN"))]
+    grave = [w for w in facts.warnings(results) if w.startswith(facts.GRAVE)]
     if not grave:
         return None
     boxes = []
@@ -108,9 +108,7 @@ def _banner(results: Results) -> Html | None:
 
 
 def _warnings(results: Results) -> Html | None:
-    rest = [
-        w for w in facts.warnings(results) if not w.startswith(("NO PRIVACY", "PROMISE BROKEN"))
-    ]
+    rest = [w for w in facts.warnings(results) if not w.startswith(facts.GRAVE)]
     if not rest:
         return None
     label = {"aria-label": "Warnings"}
@@ -253,8 +251,9 @@ def _result_limits(results: Results) -> list[tuple[str, str]]:
     found += [
         (
             "One run is one draw.",
-            "Another seed gives other noise, other splits and another figure; test patients come "
-            "from the same hospitals, so nothing here is about a new hospital.",
+            "Run again, noise and figures are others; another seed also gives another start and, "
+            "where it is drawn, another split. Test patients come from the same hospitals, so "
+            "nothing here is about a new hospital.",
         ),
         (
             "Poisoned data is not detected.",

@@ -167,6 +167,8 @@ STRUCTURE: Rule = _table(
     {
         "title": _TEXT,
         "synthetic": {"type": "boolean"},
+        # Simulations only: noise and draws follow from the seed, which the operator asked for.
+        "insecure_reproducible": {"type": "boolean"},
         "device": _TEXT,
         "started": _TEXT,
         "wall_s": _AMOUNT,

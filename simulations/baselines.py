@@ -22,6 +22,7 @@ from shared.plan import EvaluationPlan, PrivacyPlan, SitePlan, StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
 from shared.statistics import Records
 from simulations.hospitals import Hospital
+from simulations.sites import noise_seed
 
 EXACT_BINS = 256
 
@@ -38,9 +39,18 @@ def pool(parts: Sequence[PatientDataset]) -> PatientDataset:
 
 
 def train_baselines(
-    plan: StudyPlan, hospitals: Sequence[Hospital], seed: int, device: str
+    plan: StudyPlan,
+    hospitals: Sequence[Hospital],
+    seed: int,
+    device: str,
+    *,
+    insecure_reproducible: bool = False,
 ) -> dict[str, Any]:
     """Train the baselines and evaluate each on the pooled test patients.
+
+    Args:
+        seed: Of the order of the records where there is no privacy.
+        insecure_reproducible: Let noise and draws of `pooled_dp` follow from the seed, too.
 
     Returns:
         Tables `local`, `pooled` and, under DP, `pooled_dp`, as results.json has them. `local`
@@ -55,7 +65,8 @@ def train_baselines(
     results["pooled"] = {"metrics": evaluate(plan, model, test, device)}
     sigma = noise_multiplier_of(plan)
     if sigma is not None and plan.training.sample_rate and plan.privacy.delta:
-        model = _train(plan, everyone, patients, seed, device)
+        secret = noise_seed(plan, seed, insecure_reproducible=insecure_reproducible)
+        model = _train(plan, everyone, patients, secret, device)
         steps = plan.training.charged_steps
         epsilon = epsilon_of(sigma, plan.training.sample_rate, steps, plan.privacy.delta)
         metrics = evaluate(plan, model, test, device)
@@ -82,7 +93,7 @@ def _without_privacy(plan: StudyPlan) -> StudyPlan:
 
 
 def _train(
-    plan: StudyPlan, data: PatientDataset, expected_patients: int, seed: int, device: str
+    plan: StudyPlan, data: PatientDataset, expected_patients: int, seed: int | None, device: str
 ) -> FlatVector:
     """Train on one dataset for as many steps as a site takes in the study."""
     site = SitePlan(plan.cohort.names[0], expected_patients)
@@ -94,7 +105,9 @@ def _train(
         optimizer=replace(plan.optimizer, name="fedavg"),
     )
     trainer = LocalTrainer(plan, site.name, data, noise_multiplier_of(plan), device=device)
-    random = ChaChaRandom(simulation_key(seed, "baseline"))
+    random = ChaChaRandom.from_system()
+    if seed is not None:
+        random = ChaChaRandom(simulation_key(seed, "baseline"))
     model = initial_parameters(plan)
     for round_no in range(1, plan.training.rounds + 1):
         model = model + trainer.train_round(model, random, round_no).update

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from shared.config import require
 from shared.errors import FedwardError
 from simulations.cli_plan import add_plan
-from simulations.cli_sweep import add_sweep
+from simulations.cli_sweep import INSECURE_HELP, add_sweep
 
 if TYPE_CHECKING:
     from server.rounds import Observer, RoundReport
@@ -112,7 +112,9 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         help="change a value of the scenario, such as privacy.epsilon=2; may be repeated",
     )
     run.add_argument("--rounds", type=int, metavar="N", help="same as --set training.rounds=N")
-    run.add_argument("--seed", type=int, metavar="N", help="seed of split, start and noise")
+    run.add_argument(
+        "--seed", type=int, metavar="N", help="seed of split and start; no seed fixes noise"
+    )
     run.add_argument(
         "--engine",
         choices=("in-process", "ray"),
@@ -127,6 +129,7 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         action="store_true",
         help="also train each hospital alone, pooled, and pooled under DP-SGD",
     )
+    run.add_argument("--insecure-reproducible", action="store_true", help=INSECURE_HELP)
     run.add_argument("--quiet", action="store_true", help="print the final table alone")
     run.add_argument("--debug", action="store_true", help="show tracebacks")
     run.set_defaults(command=_run)
@@ -160,6 +163,7 @@ def _run(arguments: argparse.Namespace) -> int:
             engine=arguments.engine,
             device=arguments.device,
             baselines=arguments.baselines,
+            insecure_reproducible=arguments.insecure_reproducible,
         )
     scenario = load_scenario(command.scenario, list(command.overrides))
     out = out or runner.default_out(scenario)
@@ -169,6 +173,7 @@ def _run(arguments: argparse.Namespace) -> int:
         engine=command.engine,
         device=command.device,
         baselines=command.baselines,
+        insecure_reproducible=command.insecure_reproducible,
         unfinished=unfinished,
     )
     prepared = runner.prepare(scenario, options)

@@ -7,6 +7,7 @@ import datetime
 import json
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,11 @@ _DESCRIPTION = """\
 What accuracy would a study reach, at which epsilon, in which privacy mode? Runs every mode at every
 epsilon under several seeds, beside the baselines, and writes sweep.json and sweep.html.
 Interrupt it at any time: finished runs are kept, and the same command goes on from there."""
+
+INSECURE_HELP = (
+    "let noise follow from the seed, so that a run repeats to the bit: whoever knows the seed can "
+    "subtract it, and results and report say so"
+)
 
 
 def add_sweep(
@@ -66,6 +72,7 @@ def add_sweep(
     sweep.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s"
     )
+    sweep.add_argument("--insecure-reproducible", action="store_true", help=INSECURE_HELP)
     sweep.add_argument("--quiet", action="store_true", help="print the final table alone")
     sweep.add_argument("--debug", action="store_true", help="show tracebacks")
     sweep.set_defaults(command=_sweep)
@@ -119,6 +126,7 @@ def _options(arguments: argparse.Namespace) -> SweepOptions:
         epsilons=tuple(sorted(arguments.epsilons or EPSILONS)),
         seeds=tuple(range(first, first + seeds)),
         device=arguments.device,
+        insecure_reproducible=arguments.insecure_reproducible,
     )
 
 
@@ -240,9 +248,12 @@ _COLUMNS = (
 
 def sweep_text(table: Mapping[str, Any]) -> str:
     """The means of a sweep as plain text, at most 80 columns wide."""
+    from server.facts import INSECURE  # noqa: PLC0415
     from server.markup import clean  # noqa: PLC0415
 
     blocks = [clean(f"Accuracy against epsilon: scenario {table['scenario']}")]
+    if table["insecure_reproducible"]:
+        blocks.append(textwrap.fill(INSECURE, 80))
     summary = {(r["mode"], r["epsilon"], r["method"]): r["metrics"] for r in table["summary"]}
     columns = [c for c in _COLUMNS if c[1] in table["modes"]]
     for metric, title in (("auroc", "AUROC"), ("accuracy", "accuracy")):

@@ -43,7 +43,7 @@ from simulations.engines import run_in_process, run_on_ray
 from simulations.grid import FaultHook, no_faults
 from simulations.hospitals import Hospital, load_hospitals
 from simulations.scenario import Scenario
-from simulations.sites import write_sites
+from simulations.sites import noise_seed, write_sites
 from simulations.unfinished import Unfinished
 
 POLL_S = 0.01
@@ -63,12 +63,6 @@ PER_SITE_WARNING = (
 )
 
 
-SEEDED_WARNING = (
-    "Noise follows from the seed, so that this simulation can be repeated: whoever knows the seed "
-    "can subtract it. A real site's noise comes from its operating system, and no seed changes it."
-)
-
-
 @dataclass(frozen=True)
 class RunOptions:
     """What the operator chose on the command line.
@@ -79,6 +73,9 @@ class RunOptions:
         device: auto, cpu or cuda.
         baselines: Also train local-only, pooled, and pooled under DP-SGD.
         faults: What goes wrong between server and sites; in-process engine only.
+        insecure_reproducible: Let noise and draws follow from the scenario's seed, so that the
+            run repeats to the bit; whoever knows the seed can subtract the noise, and the results
+            say so.
         unfinished: Where the run is kept until it is finished, so that it can be resumed; what
             it holds is gone on with. None for a run that leaves nothing when it is stopped.
     """
@@ -88,6 +85,7 @@ class RunOptions:
     device: str = "auto"
     baselines: bool = False
     faults: FaultHook = no_faults
+    insecure_reproducible: bool = False
     unfinished: Unfinished | None = None
 
 
@@ -151,12 +149,13 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
     finished: list[tuple[StudyOutcome, GridTransport]] = []
     plan, options = run.plan, run.options
     seed = run.scenario.simulation.seed
+    secret = noise_seed(plan, seed, insecure_reproducible=options.insecure_reproducible)
     kept = options.unfinished
     with _work_folder(kept) as base:
         if any(base.iterdir()):
             roster = SiteFolder(base / run.hospitals[0].name).roster()
         else:
-            roster = write_sites(base, plan, run.hospitals, seed=seed, device=options.device)
+            roster = write_sites(base, plan, run.hospitals, seed=secret, device=options.device)
         sums = plan.audit.keep_sums
         spool = (
             DurableSpool(kept.path / "spool", keep_sums=sums, durable=False)
@@ -164,7 +163,7 @@ def execute(run: PreparedRun, observer: Observer) -> dict[str, Any]:
             else Spool(keep_sums=sums)
         )
         folders = {h.name: base / h.name for h in run.hospitals}
-        # No time in it: the sites' noise follows from seed and run, and a run can be repeated.
+        # No time in it: noise that follows from the seed follows from the run's name, too.
         run_id = f"{plan.name[:32]}-{plan.sha256[:12]}-{seed}"[:64]
         server_app = make_server_app(
             plan,
@@ -281,18 +280,21 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
         "started": f"{done.started:%Y-%m-%dT%H:%M:%SZ}",
         "wall_s": done.wall_s,
         "data": {"source": simulation.source} | asdict(_ORIGINS[simulation.source]),
-        "warnings": [
-            EXACT_WARNING if exact else PER_SITE_WARNING,
-            *([SEEDED_WARNING] if plan.privacy.mode != "none" else []),
-        ],
+        "warnings": [EXACT_WARNING if exact else PER_SITE_WARNING],
     }
+    if run.options.insecure_reproducible and plan.privacy.mode != "none":
+        fields["insecure_reproducible"] = True
     if plan.learns:
         _add_metrics(run, fields, done.outcome.state.parameters)
     else:
         fields["statistics"]["exact"] = exact_statistics(plan, [*_parts(run.hospitals)])
     if run.options.baselines:
         fields["baselines"] = train_baselines(
-            plan, run.hospitals, simulation.seed, run.options.device
+            plan,
+            run.hospitals,
+            simulation.seed,
+            run.options.device,
+            insecure_reproducible=run.options.insecure_reproducible,
         )
     return build_results(**fields)
 

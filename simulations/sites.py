@@ -24,7 +24,7 @@ def write_sites(
     plan: StudyPlan,
     hospitals: Sequence[Hospital],
     *,
-    seed: int,
+    seed: int | None,
     device: str,
     identities: Mapping[str, Identity] | None = None,
 ) -> dict[str, bytes]:
@@ -34,7 +34,7 @@ def write_sites(
         base: Holds patients' data while the simulation runs; remove it afterwards.
         plan: What every site approves.
         hospitals: Their data, one for each site of the plan.
-        seed: Of the sites' randomness: a simulation may be repeated, a study never.
+        seed: Of the sites' noise and draws, see `noise_seed`; None for the operating system's.
         device: auto, cpu or cuda.
         identities: By site; new ones where left out.
 
@@ -56,6 +56,16 @@ def write_sites(
         (folder / FILE_NAME).chmod(0o600)
         approve(SiteFolder(folder), plan)
     return roster
+
+
+def noise_seed(plan: StudyPlan, seed: int, *, insecure_reproducible: bool) -> int | None:
+    """The seed that a simulation's noise, draws and order of records follow from; None for none.
+
+    Under differential privacy they are secrets and come from the operating system, in a simulation
+    as at a hospital, unless the operator asks for a run that repeats. Without privacy there is
+    nothing to keep: the order of the records follows from the seed.
+    """
+    return seed if insecure_reproducible or plan.privacy.mode == "none" else None
 
 
 def approve(folder: SiteFolder, plan: StudyPlan) -> None:
@@ -98,12 +108,13 @@ def _policy(plan: StudyPlan, roster: Mapping[str, bytes]) -> str:
     return "\n".join([f'schema = "{SCHEMA}"', "[[dataset]]", *lines, ""])
 
 
-def _settings(name: str, seed: int, device: str) -> str:
+def _settings(name: str, seed: int | None, device: str) -> str:
+    key = "" if seed is None else f'random_key = "{simulation_key(seed, name).hex()}"\n'
     return (
         f'name = "{name}"\n'
         f'device = "{device}"\n'
         "simulation = true\n"
-        f'random_key = "{simulation_key(seed, name).hex()}"\n'
+        f"{key}"
         "[data]\n"
         'train = "train.safetensors"\n'
         'test = "test.safetensors"\n'

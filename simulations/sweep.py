@@ -49,8 +49,9 @@ class SweepOptions:
             a mode's name, such as "local.training.rounds=40".
         modes: Privacy modes to compare.
         epsilons: Promises to compare, each above 0.
-        seeds: Each changes the start, the draws, the noise and, if random, the split.
+        seeds: Each changes the start and, if random, the split; draws and noise are always new.
         device: auto, cpu or cuda.
+        insecure_reproducible: Let draws and noise follow from the seed, see RunOptions.
     """
 
     scenario: str
@@ -60,6 +61,7 @@ class SweepOptions:
     epsilons: tuple[float, ...] = EPSILONS
     seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
     device: str = "auto"
+    insecure_reproducible: bool = False
 
     def __post_init__(self) -> None:
         for name in ("modes", "epsilons", "seeds"):
@@ -148,6 +150,7 @@ class Sweep:
             "plan": scenario.plan.sha256,
             "simulation": asdict(simulation),
             "data": self.data_sha256,
+            "insecure_reproducible": self.options.insecure_reproducible,
         }
         return hashlib.sha256(canonical_json(parts)).hexdigest()
 
@@ -251,7 +254,12 @@ def _data_sha256(options: SweepOptions) -> str:
 def _run(sweep: Sweep, cell: Cell, scenario: Scenario, watcher: Watcher) -> Record:
     rounds = scenario.plan.training.rounds
     with tempfile.TemporaryDirectory(prefix="fedward-sweep-") as folder:
-        options = RunOptions(Path(folder) / "run", device=sweep.options.device, baselines=True)
+        options = RunOptions(
+            Path(folder) / "run",
+            device=sweep.options.device,
+            baselines=True,
+            insecure_reproducible=sweep.options.insecure_reproducible,
+        )
         prepared = prepare(scenario, options)
         results = execute(prepared, _observer(cell, rounds, watcher))
     return _record(sweep.key(cell), cell, prepared.hospitals, results)

@@ -133,6 +133,8 @@ def _warnings(sweep: Table) -> Html | None:
         "Test metrics are exact: simulation only. Counts without noise never leave a real "
         "hospital, and ε does not cover them."
     ]
+    if sweep["insecure_reproducible"]:
+        found.insert(0, facts.INSECURE)
     planned, done = int(sweep["runs_planned"]), len(sweep["runs"])
     if done < planned:
         found.insert(0, f"Not finished: {done} of {planned} runs are in these figures.")

@@ -56,6 +56,7 @@ def sweep_table(
         "modes": list(options.modes),
         "epsilons": list(options.epsilons),
         "seeds": list(options.seeds),
+        "insecure_reproducible": options.insecure_reproducible,
         "runs_planned": len(sweep.scenarios),
         "delta": first.plan.privacy.delta,
         "cohort": {

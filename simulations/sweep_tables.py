@@ -156,7 +156,8 @@ def limit_section(sweep: Table) -> Html:
         ("Seeds are not patients.", about),
         (
             "What a seed changes:",
-            f"the starting model, who is drawn in each step, and the noise; {split}.",
+            f"the starting model; {split}. Noise, and who is drawn, are new in every run"
+            + (", but here follow from the seed, too." if sweep["insecure_reproducible"] else "."),
         ),
         (
             "The settings were chosen beforehand.",
@@ -196,6 +197,7 @@ def _as_results(sweep: Table) -> Table:
 
 
 def run_section(sweep: Table) -> Html:
+    insecure = sweep["insecure_reproducible"]
     columns = [Column("Run", numeric=False), Column("ε"), Column("seed")]
     columns += [Column(metric_title(m)) for m in METRICS]
     columns += [Column("pooled, private"), Column("time"), Column("plan", numeric=False)]
@@ -214,10 +216,10 @@ def run_section(sweep: Table) -> Html:
         for run in sweep["runs"]
     ]
     how = (
-        "Each run can be repeated alone: fedward-sim run "
+        "Each run can be repeated alone, with other noise: fedward-sim run "
         f"{text(sweep, 'scenario')} --baselines --seed SEED --set privacy.mode=MODE "
         "--set privacy.epsilon=EPSILON, with the same --data and --set (without a mode’s name "
-        "in front)."
+        "in front)." + (" With --insecure-reproducible it repeats to the bit." if insecure else "")
     )
     listing = table("Every run", columns, rows)
     return section("runs", "Runs", paragraph(how), unfold("Show all runs", listing))

@@ -207,7 +207,9 @@ def _head(results: Results) -> str:
         f"sampling: {text(results, 'privacy', 'sampling')}; "
         f"{text(results, 'privacy', 'accountant')})"
     )
-    return "\n".join([*lines, _wrap(said), *_tested_at(results)])
+    branded = facts.get(results, "insecure_reproducible") is True
+    brand = ["INSECURE, REPRODUCIBLE: noise follows from the seed"] if branded else []
+    return "\n".join([*lines, *brand, _wrap(said), *_tested_at(results)])
 
 
 def _tested_at(results: Results) -> list[str]:

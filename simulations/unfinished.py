@@ -36,6 +36,7 @@ class Command:
     engine: str
     device: str
     baselines: bool
+    insecure_reproducible: bool = False
 
 
 @dataclass(frozen=True)

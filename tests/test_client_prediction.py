@@ -29,9 +29,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"name": "mean texture", "minimum": 5, "maximum": 45},
     ]).replace('":', '" =')  # fmt: skip
     overrides = [f"task.features={features}", "training.rounds=3"]
-    execute(
-        prepare(load_scenario("breast_cancer", overrides), RunOptions(out=out)), lambda report: None
-    )
+    options = RunOptions(out=out, insecure_reproducible=True)
+    execute(prepare(load_scenario("breast_cancer", overrides), options), lambda report: None)
     return out
 
 

@@ -41,7 +41,7 @@ def _closed() -> Iterator[None]:
 
 
 def run(scenario: Scenario, out: Path, *, baselines: bool = False, **faults: Any) -> dict[str, Any]:
-    options = RunOptions(out=out, baselines=baselines, **faults)
+    options = RunOptions(out=out, baselines=baselines, insecure_reproducible=True, **faults)
     return execute(prepare(scenario, options), lambda report: None)
 
 
@@ -217,5 +217,8 @@ def test_a_site_sends_its_own_share_of_the_noise_and_not_the_whole(
     share = noise_share(scenario.plan, 31)
     assert share.alone == pytest.approx(share.noise_multiplier / math.sqrt(share.honest), rel=1e-6)
     reports: list[RoundReport] = []
-    execute(prepare(scenario, RunOptions(out=tmp_path / "run")), reports.append)
+    execute(
+        prepare(scenario, RunOptions(out=tmp_path / "run", insecure_reproducible=True)),
+        reports.append,
+    )
     assert [r.round_no for r in reports] == list(range(1, 27))

@@ -270,6 +270,6 @@ def test_volumes_are_learnt_privately(adrenal_folder: Path, tmp_path: Path) -> N
     assert hospitals[0].train.inputs.shape == (400, 1, 28, 28, 28)
     assert sum(len(h.test.labels) for h in hospitals) == 298
     assert float(hospitals[0].train.inputs.min()) == 0.0  # what is no gland
-    run = prepare(scenario, RunOptions(out=tmp_path / "run"))
+    run = prepare(scenario, RunOptions(out=tmp_path / "run", insecure_reproducible=True))
     results = execute(run, lambda report: None)
     assert results["final"]["metrics"]["auroc"] > 0.7

@@ -17,7 +17,8 @@ SMALL = ["training.rounds=3", "training.local_steps=1", "evaluation.bins=16"]
 
 def command(out: Path, *more: str) -> list[str]:
     sets = [part for value in SMALL for part in ("--set", value)]
-    return ["run", "breast_cancer", "--quiet", "--out", str(out), *sets, *more]
+    same = ("--quiet", "--insecure-reproducible")
+    return ["run", "breast_cancer", *same, "--out", str(out), *sets, *more]
 
 
 def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:

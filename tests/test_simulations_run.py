@@ -13,12 +13,17 @@ from safetensors.numpy import load_file
 
 from server.results import read_results
 from shared import plan as plans
+from shared.evidence import RECORD_FILE, DealsSeen, EpochOpened, RoundEnded, read_record_file
 from shared.identity import verify
-from shared.messages import decode
+from shared.messages import decode, kind_of
+from shared.secagg.messages import S2
 from shared.study import Receipt
+from simulations.audits.cli import main as audit
 from simulations.cli import main
+from simulations.terminal import final_table
 
-QUICK = ["--rounds", "2", "--set", "evaluation.bins=64", "--quiet"]
+FRESH = ["--rounds", "2", "--set", "evaluation.bins=64", "--quiet"]
+QUICK = [*FRESH, "--insecure-reproducible"]
 
 
 @pytest.fixture(scope="module")
@@ -61,17 +66,80 @@ def test_the_model_file_is_the_model_that_every_site_signed_for(run_folder: Path
     assert sum(t.size for t in tensors.values()) == 31
 
 
-def test_the_same_seed_gives_the_same_model_and_another_seed_another(
+def model_of(out: Path, *arguments: str) -> np.ndarray:
+    assert main(["run", "--out", str(out), *arguments]) == 0
+    return parameters_of(out)
+
+
+def parameters_of(out: Path) -> np.ndarray:
+    return np.concatenate([t.ravel() for t in load_file(out / "model.safetensors").values()])
+
+
+def test_a_run_that_was_asked_to_repeat_does_and_another_seed_gives_another(
     run_folder: Path, tmp_path: Path
 ) -> None:
-    assert main(["run", "--out", str(tmp_path / "again"), *QUICK]) == 0
-    first = load_file(run_folder / "model.safetensors")
-    again = load_file(tmp_path / "again" / "model.safetensors")
-    for name, tensor in first.items():
-        np.testing.assert_array_equal(again[name], tensor)
-    assert main(["run", "--out", str(tmp_path / "other"), "--seed", "5", *QUICK]) == 0
-    other = load_file(tmp_path / "other" / "model.safetensors")
-    assert any(not np.array_equal(other[name], first[name]) for name in first)
+    first = parameters_of(run_folder)
+    np.testing.assert_array_equal(model_of(tmp_path / "again", *QUICK), first)
+    other = model_of(tmp_path / "other", "--seed", "5", *QUICK)
+    assert not np.array_equal(other, first)
+
+
+def test_no_seed_fixes_noise_unless_it_was_asked_for(run_folder: Path, tmp_path: Path) -> None:
+    """Not in the study, and not in the baseline that trains under the same promise."""
+    found = []
+    for out in (tmp_path / "one", tmp_path / "two"):
+        model = model_of(out, *FRESH, "--baselines")
+        results = read_results(out / "results.json")
+        assert "insecure_reproducible" not in results
+        assert "INSECURE" not in (out / "report.html").read_text()
+        found.append((model, results["baselines"]))
+    (one, first), (two, second) = found
+    assert all(not np.array_equal(one, m) for m in (two, parameters_of(run_folder)))
+    assert first["pooled_dp"]["metrics"]["brier"] != second["pooled_dp"]["metrics"]["brier"]
+    # The seed still fixes the split, the start and, without privacy, the order of the records.
+    assert first["pooled"] == second["pooled"]
+    assert first["local"] == second["local"]
+
+
+def test_without_privacy_the_seed_fixes_all_and_there_is_nothing_to_brand(tmp_path: Path) -> None:
+    off = ["--set", "privacy.mode=none", *FRESH]
+    one = model_of(tmp_path / "one", *off)
+    np.testing.assert_array_equal(model_of(tmp_path / "two", *off), one)
+    np.testing.assert_array_equal(model_of(tmp_path / "asked", *off, QUICK[-1]), one)
+    assert "insecure_reproducible" not in read_results(tmp_path / "asked" / "results.json")
+
+
+def test_a_reproducible_run_is_branded_and_no_audit_lets_it_pass(
+    run_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = read_results(run_folder / "results.json")
+    assert results["insecure_reproducible"] is True
+    page = (run_folder / "report.html").read_text()
+    assert 'class="banner"><strong>INSECURE, REPRODUCIBLE: the noise follows' in page
+    shown = final_table(results)
+    assert shown.splitlines()[2].startswith("INSECURE, REPRODUCIBLE")
+    assert audit(["verify", str(run_folder)]) == 5
+    assert "--insecure-reproducible" in capsys.readouterr().out
+
+
+def test_no_key_of_the_secure_sum_follows_from_the_seed(run_folder: Path, tmp_path: Path) -> None:
+    """Even in a run that repeats to the bit: identities, masks' keys and so all masked vectors."""
+    model_of(tmp_path / "again", *QUICK)
+    found: list[dict[str, set[bytes]]] = []
+    for out in (run_folder, tmp_path / "again"):
+        seen: dict[str, set[bytes]] = {"identity": set(), "keys": set(), "masked": set()}
+        for record in read_record_file(out / "evidence" / RECORD_FILE).records:
+            if kind_of(record) is EpochOpened:
+                seen["identity"] |= set(decode(EpochOpened, record).roster.values())
+            elif kind_of(record) is DealsSeen and (deals := decode(DealsSeen, record)).step != S2:
+                seen["keys"] |= {deal.common for deal in deals.deals}
+            elif kind_of(record) is RoundEnded:
+                seen["masked"] |= {c.root for c in decode(RoundEnded, record).contributions}
+        found.append(seen)
+    one, two = found
+    for kind, values in one.items():
+        assert len(values) >= 4
+        assert not values & two[kind], kind
 
 
 @pytest.mark.parametrize(

@@ -20,9 +20,8 @@ from simulations.terminal import final_table
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    run = prepare(
-        load_scenario("statistics"), RunOptions(out=tmp_path_factory.mktemp("run") / "run")
-    )
+    out = tmp_path_factory.mktemp("run") / "run"
+    run = prepare(load_scenario("statistics"), RunOptions(out=out, insecure_reproducible=True))
     try:
         return execute(run, lambda report: None)
     finally:

@@ -23,7 +23,14 @@ from simulations.sweep_chart import Curve, Estimate, epsilon_chart
 from simulations.sweep_page import render
 from simulations.sweep_summary import mean_and_sd, paired_difference
 
-TINY = ["--set", "training.rounds=1", "--set", "evaluation.bins=64", "--quiet"]
+TINY = [
+    "--set",
+    "training.rounds=1",
+    "--set",
+    "evaluation.bins=64",
+    "--quiet",
+    "--insecure-reproducible",
+]
 ARGUMENTS = ["sweep", "--epsilons", "8", "--seeds", "2", *TINY]
 
 
@@ -99,6 +106,15 @@ def test_the_seeds_differ_and_a_run_is_what_the_run_command_gives(
     assert results["baselines"]["pooled_dp"]["metrics"] == same["metrics"]["pooled_dp"]
 
 
+def test_a_sweep_whose_noise_follows_from_its_seeds_says_so(folder: Path) -> None:
+    table = table_of(folder)
+    assert table["insecure_reproducible"] is True
+    for shown in (render(table), sweep_text(table).replace("\n", " ")):
+        assert "INSECURE, REPRODUCIBLE: the noise follows from the seed" in shown
+    secret = table | {"insecure_reproducible": False}
+    assert "INSECURE" not in render(secret) + sweep_text(secret)
+
+
 @pytest.mark.usefixtures("nothing_runs")
 def test_finished_runs_are_not_repeated(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = table_of(folder)
@@ -113,10 +129,12 @@ def test_finished_runs_are_not_repeated(folder: Path, capsys: pytest.CaptureFixt
 def test_settings_seeds_and_data_keep_runs_apart(folder: Path, tmp_path: Path) -> None:
     def kept(**changes: Any) -> int:
         overrides = ("training.rounds=1", "evaluation.bins=64")
-        options = {"overrides": overrides, "epsilons": (8.0,), "seeds": (1, 2)} | changes
+        options = {"overrides": overrides, "epsilons": (8.0,), "seeds": (1, 2)}
+        options |= {"insecure_reproducible": True} | changes
         return len(prepare_sweep(SweepOptions("breast_cancer", folder, **options)).kept())
 
     assert kept() == 4
+    assert kept(insecure_reproducible=False) == 0
     assert kept(seeds=(2, 3)) == 2
     assert kept(epsilons=(8.0, 4.0), modes=("local",)) == 2
     assert kept(epsilons=(8.0000001,)) == 0  # the same name but for the hash

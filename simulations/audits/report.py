@@ -193,8 +193,7 @@ def claim_of(plan: StudyPlan, audit: Audit) -> dict[str, Any]:
         "studies on the same patients add up in each hospital's ledger",
         "accountant": f"PLD (dp-accounting), grid {GRID:g}; checked: {found.text()}",
         "floating_point": _FLOATS[privacy.mode],
-        "randomness": "ChaCha20, keyed by the operating system at every hospital; a simulation's "
-        "key follows from its seed",
+        "randomness": "ChaCha20, keyed by the operating system at every hospital",
         "public": "plan, number of rounds, cohorts, contributors, published sums, the model",
     }
 

@@ -290,11 +290,11 @@ def write_probed_sites(
     trained = dict.fromkeys(plan.cohort.names, data)
     trained[plan.cohort.names[0]] = data if first is None else first
     hospitals = [Hospital(site.name, trained[site.name], data) for site in plan.cohort.sites]
-    write_sites(base, plan, hospitals, seed=0, device="cpu")
+    write_sites(base, plan, hospitals, seed=None, device="cpu")
     folders = {name: base / name for name in plan.cohort.names}
     for folder in folders.values():
         settings = (folder / "site.toml").read_text(encoding="utf-8")
-        own = re.sub(r"(?m)^random_key = .*$", f"max_physical_records = {at_once}", settings)
+        own = f"max_physical_records = {at_once}\n{settings}"
         (folder / "site.toml").write_text(own, encoding="utf-8")
     for name in plan.cohort.names[:AUDITED] if runs > 1 else ():
         _approve_more(folders[name], plan, trained[name], runs - 1)

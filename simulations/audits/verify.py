@@ -15,7 +15,7 @@ from server.manifest import MANIFEST_FILE, read_manifest
 from server.results import read_results
 from server.rounds import StudyOutcome
 from shared import plan as plans
-from shared.errors import ConfigError, FedwardError
+from shared.errors import AuditError, ConfigError, FedwardError
 from shared.evidence import (
     LEDGER_FILE,
     PLAN_FILE,
@@ -406,6 +406,14 @@ class _Run(_Verification):
             remark.text = "recomputed from the sums and receipts; signed by nobody: " + ", ".join(
                 self.result.unsigned
             )
+        if read_results(self.path / "results.json").get("insecure_reproducible"):
+            with self.checks.check(
+                "randomness", "Nobody outside a hospital can know its noise.", file="results.json"
+            ):
+                raise AuditError(
+                    "the run was asked to take its noise from the scenario's seed "
+                    "(--insecure-reproducible): whoever knows the seed subtracts it"
+                )
         with self.checks.check(
             "report", "The report shows what results.json says.", file="report.html"
         ):

@@ -4,9 +4,9 @@
         [--modes local distributed] [--epsilons 1 2 4 8] [--seeds 5] [--set KEY=VALUE] [--json FILE]
     python -m simulations.benchmarks.utility --flamby --data FOLDER [--json FILE]
 
-Every study runs whole through the in-process engine, secure sum included. A seed changes the
-starting model, the draws and the noise, and with `--set simulation.split=random` the split too;
-figures are mean and sample standard deviation over seeds, on all hospitals' test patients. The
+Every study runs whole through the in-process engine, secure sum included. Draws and noise are new
+in every run; a seed changes the starting model, and with `--set simulation.split=random` the split
+too. Figures are mean and sample standard deviation over seeds, on all hospitals' test patients. The
 baselines take the study's own settings: each hospital alone (its model tested on everyone),
 pooled, and pooled under DP-SGD at the same epsilon. `simulations/benchmarks/flamby.py` has the
 comparison.
