@@ -1,6 +1,7 @@
 """Seeded faults: the product's own code path, broken on purpose, one way at a time.
 
-    python -m simulations.audits.faults [--unseen] [--epsilon 8] [--mode local] [--clean N]
+    python -m simulations.audits.faults [--unseen | --second] [--epsilon 8] [--mode local]
+    python -m simulations.audits.faults --clean N
 
 Each fault is patched into the running process and taken out again. `implementation` is run on the
 broken product and should find it; with --clean, it is run on the product as it is and should find
@@ -18,13 +19,14 @@ from pathlib import Path
 
 from shared.plan import StudyPlan
 from simulations.audits.faults_kit import LISTED, Fault, seeded
+from simulations.audits.faults_second import SECOND
 from simulations.audits.faults_unseen import UNSEEN
 from simulations.audits.finding import AuditOptions, AuditTarget
 from simulations.audits.implementation import run
 from simulations.audits.site_probe import changed
 from simulations.scenario import load_scenario
 
-FAULTS = LISTED + UNSEEN
+FAULTS = LISTED + UNSEEN + SECOND
 
 
 def small_plan(mode: str, epsilon: float) -> StudyPlan:
@@ -64,6 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--epsilon", type=float, nargs="*", default=[1.0, 8.0])
     options.add_argument("--mode", nargs="*", default=["local", "distributed"])
     options.add_argument("--unseen", action="store_true", help="those invented after the freeze")
+    options.add_argument("--second", action="store_true", help="those of the second set")
     options.add_argument("--only", nargs="*", default=[], help="faults whose names hold this")
     options.add_argument("--clean", type=int, default=0, metavar="N", help="runs without a fault")
     options.add_argument("--seed", type=int, default=1)
@@ -72,9 +75,12 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = options.parse_args(arguments)
     faults = [
         f
-        for f in (UNSEEN if chosen.unseen else FAULTS if chosen.only else LISTED)
+        for f in (
+            UNSEEN if chosen.unseen else SECOND if chosen.second
+            else FAULTS if chosen.only else LISTED
+        )
         if not chosen.only or any(o in f.name for o in chosen.only)
-    ]
+    ]  # fmt: skip
     cases: list[tuple[Fault | None, str, float]] = [
         (fault, mode, epsilon)
         for fault in faults if not chosen.clean
