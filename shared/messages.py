@@ -157,13 +157,13 @@ class Fixed:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Blob:
-    """Bytes of any length up to `limit`."""
+    """Bytes of any length up to `limit`; a view of bytes is written without a copy of it."""
 
     limit: int = MAX_MESSAGE_BYTES
 
     def write(self, out: list[bytes], value: Any, where: str) -> None:
         """Append length and bytes."""
-        if type(value) is not bytes:
+        if type(value) is not bytes and not _is_view(value):
             raise _fail(where, "must be bytes")
         if len(value) > self.limit:
             raise _fail(where, f"has {len(value)} bytes; the limit is {self.limit}")
@@ -175,6 +175,10 @@ class Blob:
         size, at = _read_count(data, at, self.limit, where)
         end = _need(data, at, size, where)
         return bytes(data[at:end]), end
+
+
+def _is_view(value: Any) -> bool:
+    return type(value) is memoryview and value.format == "B" and value.c_contiguous
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ class ModelState:
 
     Attributes:
         parameters: float32, shape (d,).
-        first_moment: float32, shape (d,); FedAvg's momentum buffer too.
+        first_moment: float32, shape (d,), momentum buffer of FedAvg too; (0,) where there is none.
         second_moment: float32, shape (d,); shape (0,) where the optimiser has none.
         round_no: Rounds whose sums have been applied, 0 for the plan's starting point.
     """
@@ -46,9 +46,10 @@ def initial_state(plan: OptimizerPlan, parameters: FlatVector) -> ModelState:
     """The state before the first round; all moments zero, the second one tau^2."""
     adaptive = plan.name in ("fedadam", "fedyogi", "fedadagrad")
     zero = np.zeros_like(parameters)
+    first = zero if adaptive or plan.momentum else zero[:0]
     start = np.float32(plan.tau) * np.float32(plan.tau)
     second = np.full_like(parameters, start) if adaptive else zero[:0]
-    return ModelState(parameters.astype(np.float32, copy=True), zero, second, 0)
+    return ModelState(parameters.astype(np.float32, copy=True), first, second, 0)
 
 
 def apply_update(plan: OptimizerPlan, state: ModelState, update: FlatVector) -> ModelState:
@@ -64,9 +65,11 @@ def apply_update(plan: OptimizerPlan, state: ModelState, update: FlatVector) -> 
     """
     lr = np.float32(plan.learning_rate)
     if plan.name in ("fedavg", "fedprox"):
-        moment = np.float32(plan.momentum) * state.first_moment + update
-        step = lr * moment
-        return ModelState(state.parameters + step, moment, state.second_moment, state.round_no + 1)
+        first, step = state.first_moment, lr * update
+        if plan.momentum:
+            first = np.float32(plan.momentum) * first + update
+            step = lr * first
+        return ModelState(state.parameters + step, first, state.second_moment, state.round_no + 1)
     b1 = np.float32(plan.beta1)
     moment = b1 * state.first_moment + (np.float32(1) - b1) * update
     second = _second_moment(plan, state.second_moment, update)

@@ -315,13 +315,13 @@ def session_of(
     )
 
 
-_STATE = struct.Struct("<4sQQQ")
+_STATE = struct.Struct("<4sQQQQ")
 
 
 def state_to_bytes(state: ModelState) -> bytes:
     """A model state as bytes, for a site's store and a checkpoint."""
-    head = _STATE.pack(b"FWM1", state.round_no, len(state.parameters), len(state.second_moment))
     parts = (state.parameters, state.first_moment, state.second_moment)
+    head = _STATE.pack(b"FWM2", state.round_no, *(len(part) for part in parts))
     return head + b"".join(part.astype("<f4", copy=False).tobytes() for part in parts)
 
 
@@ -331,12 +331,11 @@ def state_from_bytes(data: bytes) -> ModelState:
     Raises:
         ProtocolError: not such bytes.
     """
-    if len(data) < _STATE.size or data[:4] != b"FWM1":
+    if len(data) < _STATE.size or data[:4] != b"FWM2":
         raise ProtocolError("the stored model state is damaged; restore the site's backup")
-    _, round_no, length, second = _STATE.unpack_from(data)
-    if len(data) != _STATE.size + 4 * (2 * length + second):
+    _, round_no, *lengths = _STATE.unpack_from(data)
+    if len(data) != _STATE.size + 4 * sum(lengths):
         raise ProtocolError("the stored model state is cut short; restore the site's backup")
     vectors = np.frombuffer(data, "<f4", offset=_STATE.size).astype(np.float32)
-    return ModelState(
-        vectors[:length], vectors[length : 2 * length], vectors[2 * length :], round_no
-    )
+    parameters, first, second = np.split(vectors, np.cumsum(lengths)[:2])
+    return ModelState(parameters, first, second, round_no)

@@ -96,6 +96,13 @@ def test_decode_is_the_inverse_of_encode(sample: Sample) -> None:
     assert kind_of(data) is Sample
 
 
+@given(samples)
+def test_a_view_of_bytes_is_written_as_the_bytes_themselves(sample: Sample) -> None:
+    around = b"<" + sample.blob + b">"
+    view = dataclasses.replace(sample, blob=memoryview(around)[1:-1])  # type: ignore[arg-type]
+    assert encode(view) == encode(sample)
+
+
 @given(samples, st.data())
 def test_no_two_byte_strings_are_one_value(sample: Sample, choice: st.DataObject) -> None:
     data = bytearray(encode(sample))
@@ -142,6 +149,8 @@ GOOD = Sample(1, 2, 3, 4, True, 0.5, b"b", Leaf("a", b"1234"), None, (1, 2), {"x
         ({"real": 1}, "Sample.real"),
         ({"blob": bytes(21)}, "Sample.blob has 21 bytes; the limit is 20"),
         ({"blob": "text"}, "Sample.blob must be bytes"),
+        ({"blob": memoryview(bytes(8)).cast("I")}, "Sample.blob must be bytes"),
+        ({"blob": memoryview(bytes(8))[::2]}, "Sample.blob must be bytes"),
         ({"leaf": None}, "Sample.leaf must be a Leaf"),
         ({"leaf": Leaf("a", b"123")}, "Leaf.key must be 4 bytes"),
         ({"leaf": Leaf("a\nb", b"1234")}, "Leaf.name holds a control character"),

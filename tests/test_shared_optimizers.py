@@ -9,6 +9,7 @@ import pytest
 
 from shared.optimizers import ModelState, apply_update, initial_state
 from shared.plan import OptimizerPlan
+from shared.study import state_from_bytes, state_to_bytes
 
 START = np.array([1.0, -2.0, 0.5], dtype=np.float32)
 UPDATES = [
@@ -47,9 +48,10 @@ def reference(plan: OptimizerPlan) -> np.ndarray:
     return x
 
 
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
 @pytest.mark.parametrize("name", ["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad"])
-def test_two_steps_agree_with_the_paper(name: str) -> None:
-    plan = OptimizerPlan(name=name, learning_rate=0.3, momentum=0.5, tau=1e-3)  # type: ignore[arg-type]
+def test_two_steps_agree_with_the_paper(name: str, momentum: float) -> None:
+    plan = OptimizerPlan(name=name, learning_rate=0.3, momentum=momentum, tau=1e-3)  # type: ignore[arg-type]
     np.testing.assert_allclose(run(plan).parameters, reference(plan), rtol=2e-6)
 
 
@@ -59,6 +61,14 @@ def test_the_four_rules_differ() -> None:
         for name in ("fedavg", "fedadam", "fedyogi", "fedadagrad")
     }
     assert len(set(results.values())) == 4
+
+
+def test_without_momentum_nothing_is_kept_but_the_model() -> None:
+    state = run(OptimizerPlan(name="fedavg"))
+    assert (len(state.first_moment), len(state.second_moment)) == (0, 0)
+    again = state_from_bytes(state_to_bytes(state))
+    assert again.digest() == state.digest()
+    assert len(state_to_bytes(state)) == len(state_to_bytes(run(OptimizerPlan(momentum=0.5)))) - 12
 
 
 def test_everything_stays_float32_and_the_input_is_untouched() -> None:
@@ -95,7 +105,7 @@ def test_the_digest_covers_every_part_of_the_state() -> None:
 
 def test_the_digest_is_a_fixed_function_of_the_numbers() -> None:
     """All machines must agree: this value was computed from the byte layout by hashlib alone."""
-    state = initial_state(OptimizerPlan(), START)
+    state = initial_state(OptimizerPlan(momentum=0.9), START)
     raw = b"fedward-model/1" + (0).to_bytes(8, "little")
     raw += (3).to_bytes(8, "little") + START.astype("<f4").tobytes()
     raw += (3).to_bytes(8, "little") + bytes(12)

@@ -7,7 +7,7 @@ the shape of RFC 9162, section 2.1.1 (the left half is the largest power of two 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from blake3 import blake3
 
@@ -42,22 +42,18 @@ class Tree:
         self.size = len(view)
         self.chunk_size = chunk_size
         count = chunk_count(self.size, chunk_size)
-        self._leaves = [_leaf(view[i * chunk_size : (i + 1) * chunk_size]) for i in range(count)]
-        self.root: bytes = _bind(_subtree(self._leaves), self.size, chunk_size)
+        leaves = [_leaf(view[i * chunk_size : (i + 1) * chunk_size]) for i in range(count)]
+        self._levels = [leaves, *_levels_above(leaves)]
+        self.root: bytes = _bind(self._levels[-1][0], self.size, chunk_size)
 
     def proof(self, index: int) -> tuple[bytes, ...]:
         """The hashes beside the path of chunk `index`, from the leaf up: 32 bytes each."""
         path: list[bytes] = []
-        leaves = self._leaves
-        while len(leaves) > 1:
-            half = _left_size(len(leaves))
-            if index < half:
-                path.append(_subtree(leaves[half:]))
-                leaves = leaves[:half]
-            else:
-                path.append(_subtree(leaves[:half]))
-                leaves, index = leaves[half:], index - half
-        return tuple(reversed(path))
+        for level in self._levels[:-1]:
+            if index ^ 1 < len(level):
+                path.append(level[index ^ 1])
+            index //= 2
+        return tuple(path)
 
 
 def check_chunk(
@@ -102,11 +98,13 @@ def _sides(index: int, count: int) -> list[bool]:
     return sides[::-1]
 
 
-def _subtree(leaves: Sequence[bytes]) -> bytes:
-    if len(leaves) == 1:
-        return leaves[0]
-    half = _left_size(len(leaves))
-    return _node(_subtree(leaves[:half]), _subtree(leaves[half:]))
+def _levels_above(nodes: list[bytes]) -> Iterator[list[bytes]]:
+    """Pair by pair up to the root; a last one alone moves up as it is: the RFC's shape."""
+    while len(nodes) > 1:
+        pairs = zip(nodes[::2], nodes[1::2], strict=False)
+        odd = nodes[-1:] if len(nodes) % 2 else []
+        nodes = [*(_node(left, right) for left, right in pairs), *odd]
+        yield nodes
 
 
 def _left_size(count: int) -> int:

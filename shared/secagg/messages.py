@@ -265,7 +265,7 @@ class Recovered:
 class Piece:
     """One chunk of one masked vector with its path to the signed root."""
 
-    chunk: Annotated[bytes, Blob()]
+    chunk: Annotated[bytes | memoryview, Blob()]
     proof: Annotated[tuple[bytes, ...], Many(Fixed(32), 64)]
 
 

@@ -368,6 +368,7 @@ class Trial:
         for name in self.session.names:
             for package in ask("recheck", self.relay.recheck_packages, name):
                 attestation = self.member(name).check_chunks(package)
+                del package  # it has left the relay
                 self.relay.add_recheck(name, attestation)
         settlement = self.relay.settlement()
         for _, member in self.members:
