@@ -45,14 +45,39 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}. Correct that line.") from None
 
 
+def later(default: Any) -> Any:
+    """The default of a key that a signed record did not have from the first.
+
+    While it has its default it is left out of the canonical form, so that records from before the
+    key keep their bytes and hashes, and programs from before it still read records without it.
+    """
+    return dataclasses.field(default=default, metadata={"later": True})
+
+
 def canonical_json(record: object) -> bytes:
-    """One byte string for one value: sorted keys, no spaces, UTF-8, no NaN or infinity."""
-    if dataclasses.is_dataclass(record) and not isinstance(record, type):
-        record = dataclasses.asdict(record)
+    """One byte string for one value: sorted keys, no spaces, UTF-8, no NaN or infinity.
+
+    A dataclass is written with all its defaults but those of keys that came `later`.
+    """
     text = json.dumps(
-        record, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
+        _plain(record), sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )
     return text.encode()
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: _plain(part)
+            for field in dataclasses.fields(value)
+            for part in [getattr(value, field.name)]
+            if not (field.metadata.get("later") and part == field.default)
+        }
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return value
 
 
 def parse(cls: type[T], table: Mapping[str, Any], where: str) -> T:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from shared.config import canonical_json, parse, read_toml, require
+from shared.config import canonical_json, later, parse, read_toml, require
 from shared.errors import ConfigError
 from shared.task_plan import TaskPlan
 from shared.version import specifier
@@ -31,6 +31,7 @@ class ModelPlan:
 
     `init` "uniform" is equal to the bit on every machine. "torch" is PyTorch's own, as published
     benchmarks start from; it depends on torch's version, and sites that disagree refuse to run.
+    `trees` trees of `depth` levels each; 0 is the model's own default.
     """
 
     name: str
@@ -38,12 +39,16 @@ class ModelPlan:
     init: Literal["uniform", "torch"] = "uniform"
     hidden: tuple[int, ...] = ()
     width: int = 16
+    trees: int = later(0)
+    depth: int = later(0)
 
     def __post_init__(self) -> None:
         require(bool(NAME.fullmatch(self.name)), f"name {self.name!r} is not a model's name")
         require(0 <= self.init_seed < 2**63, "init_seed must be between 0 and 2^63 - 1")
         require(all(1 <= h <= 65536 for h in self.hidden), "hidden sizes must be 1 to 65536")
         require(1 <= self.width <= 4096, f"width is {self.width}; valid: 1 to 4096")
+        require(0 <= self.trees <= 10_000, f"trees is {self.trees}; valid: 0 to 10000")
+        require(0 <= self.depth <= 16, f"depth is {self.depth}; valid: 0 to 16")
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 [simulation] says where the patients come from and how they are dealt out to hospitals; [plan]
 is a study plan as in shared/plan.py, and could be given to real hospitals as it stands.
 [distributed], if present, holds the values of the plan that differ in privacy mode `distributed`.
+With `base = "NAME"` at its top a file holds only what differs from another scenario.
 """
 
 from __future__ import annotations
@@ -106,10 +107,7 @@ def load_scenario(name_or_path: str, overrides: Sequence[str] = ()) -> Scenario:
             names the key.
     """
     path = _find(name_or_path)
-    table = read_toml(path)
-    if table.get("simulation", {}).get("folder"):
-        table["simulation"]["folder"] = str(path.parent / table["simulation"]["folder"])
-    table = _with_overrides(table, overrides)
+    table = _with_overrides(_read(path), overrides)
     odd = sorted(set(table) - {"simulation", "plan"})
     require(not odd, f"{path}: unknown table {', '.join(odd)}. Valid: [simulation] and [plan].")
     for name in ("simulation", "plan"):
@@ -123,6 +121,21 @@ def load_scenario(name_or_path: str, overrides: Sequence[str] = ()) -> Scenario:
     )
     folder = str(Path(simulation.folder).expanduser()) if simulation.folder else ""
     return Scenario(path.stem, replace(simulation, folder=folder), plan)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A scenario's table, laid over that of its base."""
+    table = read_toml(path)
+    if table.get("simulation", {}).get("folder"):
+        table["simulation"]["folder"] = str(path.parent / table["simulation"]["folder"])
+    base = table.pop("base", None)
+    if base is None:
+        return table
+    require(isinstance(base, str), f"{path}: base must be a scenario's name, such as 'heart'.")
+    under = read_toml(_find(base))
+    require("base" not in under, f"{path}: its base {base!r} has a base itself. Name that one.")
+    _merge(under, table)
+    return under
 
 
 def _with_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

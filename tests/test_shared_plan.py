@@ -82,6 +82,20 @@ def test_order_of_keys_and_written_out_defaults_do_not_change_the_hash() -> None
     assert plans.from_table(reordered, "plan").sha256 == plan.sha256
 
 
+def test_a_key_that_came_later_changes_no_plan_from_before_it() -> None:
+    """Nor its bytes: a site of an older version still reads and approves it."""
+    plan = plans.from_table(table(), "plan")
+    assert plan.sha256 == "72ad322fc7c6befda65f0459402d04937e9c3d6c00a829d51cc62dc7933ebf4f"
+    assert b"trees" not in plan.canonical_bytes
+    assert plans.from_table(changed("model.trees", 0), "p").sha256 == plan.sha256
+    with_trees = plans.from_table(changed("model.trees", 5), "p")
+    assert plans.from_bytes(with_trees.canonical_bytes) == with_trees
+    assert with_trees.sha256 != plan.sha256
+    spelled = plan.canonical_bytes.replace(b'"width":16', b'"trees":0,"width":16')
+    with pytest.raises(ConfigError, match="not in canonical form"):
+        plans.from_bytes(spelled)
+
+
 @pytest.mark.parametrize(
     ("path", "value"),
     [

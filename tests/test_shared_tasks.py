@@ -79,6 +79,7 @@ def test_a_task_that_lacks_something_is_refused(values: dict[str, object], messa
 
 FITS = [
     *(("mlp", kind) for kind in KINDS),
+    *(("trees", kind) for kind in KINDS),
     *(("cnn", kind) for kind in KINDS),
     ("logistic", "multiclass"), ("pooled-linear", "survival"), ("cnn3d", "multiclass"),
     ("resnet18", "regression"), ("cox", "survival"), ("linear", "regression"),
@@ -100,7 +101,8 @@ def test_every_record_is_answered_by_itself(name: str, kind: str) -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("mlp", "multiclass"), ("mlp", "regression"), ("mlp", "survival"), ("cnn", "multiclass"),
-     ("cox", "survival"), ("logistic", "multiclass")],
+     ("cox", "survival"), ("logistic", "multiclass"), ("trees", "multiclass"),
+     ("trees", "regression"), ("trees", "survival")],
 )  # fmt: skip
 def test_one_patient_moves_the_sum_by_at_most_the_clip_norm(name: str, kind: str) -> None:
     plan = model_plan(name, kind, model={"width": 4})

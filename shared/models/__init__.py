@@ -7,20 +7,18 @@ inputs to what the task wants of each record (shared/tasks.py), record by record
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
-from cryptography.hazmat.primitives.ciphers import Cipher
-from cryptography.hazmat.primitives.ciphers.algorithms import ChaCha20
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase as BatchStatisticsNorm
 
 from shared.errors import ConfigError
 from shared.features import feature_width
-from shared.models import image, table
+from shared.keystream import PublicStream
+from shared.models import image, table, trees
 from shared.parameters import FlatVector, ParameterSpec
 from shared.plan import StudyPlan
 
@@ -29,6 +27,7 @@ BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
     "linear": table.linear,
     "cox": table.cox,
     "mlp": table.mlp,
+    "trees": trees.boosted_trees,
     "cnn": image.cnn,
     "cnn3d": image.cnn3d,
     "pooled-linear": image.pooled_linear,
@@ -122,25 +121,27 @@ def initial_parameters(plan: StudyPlan) -> FlatVector:
 def starting_point(module: nn.Module, seed: int) -> FlatVector:
     """Starting values for a module: uniform in +-1/sqrt(fan in); norms weigh 1 with bias 0.
 
+    Layers that the module names in STARTS_AT_ZERO do that.
+
     The values come from a ChaCha20 keystream of the seed by exact float64 operations, so they
     do not depend on torch's generator, its version, or the machine.
 
     Raises:
         ConfigError: a parameter belongs to a layer with no rule here.
     """
-    key = hashlib.sha256(f"fedward-initial-parameters/1 {seed}".encode()).digest()
-    stream = Cipher(ChaCha20(key, bytes(16)), mode=None).encryptor()
+    stream = PublicStream("fedward-initial-parameters/1", seed)
+    at_zero: tuple[str, ...] = getattr(module, "STARTS_AT_ZERO", ())
     parts: list[FlatVector] = []
     for name, layer in module.named_modules():
         for leaf, parameter in layer.named_parameters(recurse=False):
             size = parameter.numel()
-            if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            if name in at_zero:
+                parts.append(np.zeros(size, dtype=np.float32))
+            elif isinstance(layer, nn.GroupNorm | nn.LayerNorm):
                 parts.append(np.full(size, float(leaf == "weight"), dtype=np.float32))
             elif isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
                 bound = 1 / math.sqrt(math.prod(layer.weight.shape[1:]))
-                words = np.frombuffer(stream.update(bytes(4 * size)), dtype="<u4")
-                centred = (words >> 8).astype(np.float64) * 2.0**-23 - 1.0
-                parts.append((centred * bound).astype(np.float32))
+                parts.append((stream.centred(size) * bound).astype(np.float32))
             else:
                 raise ConfigError(
                     f"{name}.{leaf} is a parameter of a {type(layer).__name__}, which has no "

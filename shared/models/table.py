@@ -87,7 +87,7 @@ def linear(plan: StudyPlan) -> nn.Module:
 
 def cox(plan: StudyPlan) -> nn.Module:
     """Proportional hazards on the plan's features and time grid."""
-    _require_table(plan, ("survival",))
+    require_table(plan, ("survival",))
     require(not plan.model.hidden, "model 'cox' has no hidden layers; take mlp")
     return GroupedCox(feature_width(plan.task), task_kind(plan.task).outputs(plan.task))
 
@@ -97,18 +97,19 @@ def mlp(plan: StudyPlan) -> nn.Module:
 
     On a survival task it is the discrete-time hazard network of Gensheimer and Narasimhan 2019.
     """
-    _require_table(plan)
+    require_table(plan)
     outputs = task_kind(plan.task).outputs(plan.task)
     return Perceptron(feature_width(plan.task), plan.model.hidden or (32,), outputs)
 
 
 def _linear(plan: StudyPlan, kinds: tuple[str, ...]) -> nn.Module:
-    _require_table(plan, kinds)
+    require_table(plan, kinds)
     require(not plan.model.hidden, f"model {plan.model.name!r} has no hidden layers; take mlp")
     return Linear(feature_width(plan.task), task_kind(plan.task).outputs(plan.task))
 
 
-def _require_table(plan: StudyPlan, kinds: tuple[str, ...] = ()) -> None:
+def require_table(plan: StudyPlan, kinds: tuple[str, ...] = ()) -> None:
+    """Refuse pixels, and kinds of task that a model is not for; ConfigError."""
     name, image = plan.model.name, plan.task.image
     require(
         image is None or image.features != "pixels",
