@@ -13,6 +13,7 @@ from client import (
     commands_data,
     commands_enrol,
     commands_evidence,
+    commands_explain,
     commands_ledger,
     commands_log,
     commands_model,
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_evidence.add_commands(commands)
     commands_recover.add_commands(commands)
     commands_model.add_commands(commands)
+    commands_explain.add_commands(commands)
     commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()
     folder_option(parser, "--site", default, "the site's folder, with site.toml")

@@ -60,6 +60,9 @@ def record(arguments: argparse.Namespace, code: int, error: str) -> None:
 
 
 def _plan(arguments: argparse.Namespace) -> str:
+    """Hash of the plan that a command was about: its own, or that of the model it used."""
+    if known := getattr(arguments, "plan_sha256", ""):
+        return str(known)
     file = getattr(arguments, "plan", None)
     try:
         return plans.load(file).sha256 if file is not None else ""

@@ -34,6 +34,7 @@ def add_commands(commands: Commands) -> None:
 
 def _predict(arguments: argparse.Namespace) -> int:
     model = read_model(arguments.model)
+    arguments.plan_sha256 = model.plan.sha256
     source = SiteFolder(arguments.site).config().source
     require(
         not arguments.out or not arguments.out.exists(),

@@ -11,9 +11,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
-from server.markup import Html, element, join
+from shared.markup import Html, element, join
 
 Point = tuple[float, float]
 
@@ -260,17 +259,6 @@ def x_axis(frame: Frame, label: str) -> Html:
     middle = (frame.left + frame.right) / 2
     parts.append(element("text", label, x=middle, y=frame.bottom + 34, class_="tick middle"))
     return join(parts)
-
-
-def swatch(style: str, kind: Literal["line", "box"] = "line") -> Html:
-    """A legend's sample of a line or a filled part; its meaning stands beside it as text."""
-    if kind == "line":
-        inner = element("line", x1=0, x2=26, y1=6, y2=6, class_=f"level {style}")
-    else:
-        inner = element("rect", x=1, y=1, width=11, height=11, rx=2, class_=style)
-    width = 26 if kind == "line" else 13
-    attributes = {"viewBox": f"0 0 {width} 13", "aria-hidden": "true"}
-    return element("svg", inner, class_="swatch", width=width, height=13, **attributes)
 
 
 def svg(alt: str, width: int, height: int, parts: Sequence[Html], *, fixed: bool = False) -> Html:

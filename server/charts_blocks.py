@@ -18,7 +18,7 @@ from server.charts import (
     tick_text,
     x_axis,
 )
-from server.markup import Html, element
+from shared.markup import Html, element
 
 
 @dataclass(frozen=True)

@@ -11,17 +11,16 @@ from pathlib import Path
 
 from server import facts
 from server.facts import Results, amount, number, spent_amount, text
-from server.markup import Html, element, join
 from server.report_counts import statistics_section
-from server.report_parts import paragraph, section
 from server.report_privacy import privacy_section
 from server.report_record import audit_section, traffic_section
 from server.report_results import hospital_section, result_section
 from server.report_rounds import numbers_section, participation_section, time_section
-from server.report_style import STYLE
 from server.results import write_text
+from shared.markup import Html, element, join
+from shared.page_parts import document, paragraph, section
+from shared.page_style import STYLE
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _PARTS = (
     ("privacy", "Privacy"),
     ("result", "Result"),
@@ -51,16 +50,6 @@ def render(results: Results) -> str:
         The page; it refers to nothing outside itself.
     """
     title = text(results, "title", default=text(results, "scenario", default="Study"))
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", f"{title}: Fedward study report"),
-        element("style", Html(STYLE)),
-    )
     sections = [
         privacy_section(results),
         statistics_section(results) or result_section(results),
@@ -72,8 +61,11 @@ def render(results: Results) -> str:
         audit_section(results),
         numbers_section(results),
     ]
-    body = element("body", element("main", _masthead(results, title), sections, _footer(results)))
-    return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
+    return document(
+        f"{title}: Fedward study report",
+        [_masthead(results, title), sections, _footer(results)],
+        STYLE,
+    )
 
 
 def _masthead(results: Results, title: str) -> Html:

@@ -9,8 +9,8 @@ from typing import Any
 from server import facts
 from server.charts_blocks import Bar, bar_chart
 from server.facts import Results, amount, number, text
-from server.markup import Html, element, join
-from server.report_parts import Column, Row, figure, paragraph, section, table
+from shared.markup import Html, element, join
+from shared.page_parts import Column, Row, figure, paragraph, section, table
 
 
 def noise_note(results: Results) -> Html | None:

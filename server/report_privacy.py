@@ -8,8 +8,8 @@ from server import facts
 from server.charts import Level, Line, line_chart
 from server.charts_blocks import gauge
 from server.facts import Results, amount, number, spent_amount, text
-from server.markup import Child, Html, element, join
-from server.report_parts import (
+from shared.markup import Child, Html, element, join
+from shared.page_parts import (
     fact_list,
     figure,
     legend,

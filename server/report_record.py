@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from server import facts
 from server.facts import Results, amount, number, text
-from server.markup import Child, Html, element
-from server.report_parts import (
+from shared.markup import Child, Html, element
+from shared.page_parts import (
     Column,
     Row,
     fact_list,

@@ -10,9 +10,9 @@ from server import facts
 from server.charts import Level, Line, line_chart
 from server.charts_blocks import Bar, bar_chart
 from server.facts import Results, amount
-from server.markup import Html, element, join
 from server.report_counts import noise_note
-from server.report_parts import (
+from shared.markup import Html, element, join
+from shared.page_parts import (
     Column,
     Row,
     figure,

@@ -8,8 +8,8 @@ from server import facts
 from server.charts_blocks import Column as Stack
 from server.charts_blocks import State, cohort_grid, column_chart
 from server.facts import Results, amount, number, spent_amount
-from server.markup import Html, element, join
-from server.report_parts import (
+from shared.markup import Html, element, join
+from shared.page_parts import (
     Column,
     Row,
     figure,

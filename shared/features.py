@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +68,24 @@ def column_names(task: TaskPlan) -> tuple[str, ...]:
     if not task.features:
         raise ConfigError("the plan's input is an image; only a table's features have columns")
     return tuple(name for f in task.features for name in _names_of(f, task.encoding))
+
+
+def feature_columns(task: TaskPlan) -> tuple[slice, ...]:
+    """Where each of the task's features lies among the columns of the encoded matrix."""
+    ends = list(accumulate(len(tuple(_names_of(f, task.encoding))) for f in task.features))
+    return tuple(slice(start, end) for start, end in zip([0, *ends], ends, strict=False))
+
+
+def public_baseline(task: TaskPlan) -> NDArray[np.float32]:
+    """A record that says nothing: each number amid its plausible range, categories all alike.
+
+    It is made of the plan alone, so comparing with it costs no privacy.
+
+    Returns:
+        float32, shape (feature_width(task),).
+    """
+    columns = [value for f in task.features for value in _baseline_of(f, task.encoding)]
+    return np.array(columns, dtype=np.float32)
 
 
 def encode(task: TaskPlan, columns: Columns, where: str = "the data") -> NDArray[np.float32]:
@@ -181,6 +200,16 @@ def _names_of(feature: FeaturePlan, encoding: str) -> Iterator[str]:
         yield from (f"{feature.name}={c}" for c in feature.categories[first:])
     if feature.missing == "indicator":
         yield f"{feature.name} is missing"
+
+
+def _baseline_of(feature: FeaturePlan, encoding: str) -> Iterator[float]:
+    if feature.type == "number":
+        yield 0.0
+    else:
+        count = len(feature.categories)
+        yield from [1.0 / count] * (count - (encoding == "drop-first"))
+    if feature.missing == "indicator":
+        yield 0.0
 
 
 def _encode_feature(

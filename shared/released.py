@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load_file
+from safetensors.numpy import load
+from torch import nn
 
 from shared import plan as plans
+from shared.answers import answer_names, answers_of
 from shared.config import require
 from shared.errors import ConfigError
-from shared.models import build_model, parameter_spec
+from shared.models import build_model, load_parameters, parameter_spec
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.task_plan import TaskPlan
@@ -25,10 +29,23 @@ Reals = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class ReleasedModel:
-    """A model that can be used without the study that it came from."""
+    """A model that can be used without the study that it came from.
+
+    Attributes:
+        plan: Of that study.
+        parameters: Of the model.
+        sha256: Hex digest of model.safetensors.
+    """
 
     plan: StudyPlan
     parameters: FlatVector
+    sha256: str
+
+    def module(self) -> nn.Module:
+        """The model itself, on the CPU, ready to be asked."""
+        module = build_model(self.plan)
+        load_parameters(module, self.parameters)
+        return module.eval()
 
 
 def read_model(folder: Path) -> ReleasedModel:
@@ -40,7 +57,8 @@ def read_model(folder: Path) -> ReleasedModel:
     file = folder / "model.json"
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        tensors = load_file(folder / "model.safetensors")
+        data = (folder / "model.safetensors").read_bytes()
+        tensors = load(data)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
             f"{folder} holds no readable model.json and model.safetensors "
@@ -55,7 +73,8 @@ def read_model(folder: Path) -> ReleasedModel:
         plan.sha256 == about.get("plan_sha256"),
         f"{file}: the plan is not the one that its plan_sha256 names; the file was changed.",
     )
-    return ReleasedModel(plan, parameter_spec(build_model(plan)).flatten(tensors))
+    parameters = parameter_spec(build_model(plan)).flatten(tensors)
+    return ReleasedModel(plan, parameters, hashlib.sha256(data).hexdigest())
 
 
 def answers(task: TaskPlan, outputs: NDArray[np.float32]) -> dict[str, Reals]:
@@ -66,19 +85,8 @@ def answers(task: TaskPlan, outputs: NDArray[np.float32]) -> dict[str, Reals]:
         outputs: float32, shape (n,) or (n, outputs).
 
     Returns:
-        binary: the probability of the positive label. multiclass: of each class. regression: the
-        value in the label's unit. survival: the probability to be without the event at the end of
-        each interval.
+        float64, shape (n,), under the names of `answer_names`; see `answers_of`.
     """
-    exact = outputs.astype(np.float64)
-    if task.kind == "multiclass":
-        likely = np.exp(exact - np.logaddexp.reduce(exact, axis=1)[:, None])
-        return {f"probability of {c}": likely[:, i] for i, c in enumerate(task.classes)}
-    if task.kind == "regression":
-        low, high = task.minimum or 0.0, task.maximum or 0.0
-        return {task.label: low + (exact + 1) / 2 * (high - low)}
-    if task.kind == "survival":
-        columns = exact.reshape(len(exact), -1)  # one interval has one output
-        free = np.exp(-np.cumsum(np.logaddexp(0.0, columns), axis=1))
-        return {f"without event at {t:g}": free[:, i] for i, t in enumerate(task.intervals)}
-    return {f"probability of {task.positive}": np.exp(-np.logaddexp(0.0, -exact))}
+    exact = torch.from_numpy(outputs.astype(np.float64))
+    columns: Reals = answers_of(task, exact).numpy()
+    return {name: columns[:, i] for i, name in enumerate(answer_names(task))}

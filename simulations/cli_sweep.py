@@ -249,7 +249,7 @@ _COLUMNS = (
 def sweep_text(table: Mapping[str, Any]) -> str:
     """The means of a sweep as plain text, at most 80 columns wide."""
     from server.facts import INSECURE  # noqa: PLC0415
-    from server.markup import clean  # noqa: PLC0415
+    from shared.markup import clean  # noqa: PLC0415
 
     blocks = [clean(f"Accuracy against epsilon: scenario {table['scenario']}")]
     if table["insecure_reproducible"]:

@@ -21,7 +21,7 @@ from server.charts import (
     svg,
     tick_text,
 )
-from server.markup import Html, element, join
+from shared.markup import Html, element, join
 
 _DODGE = 5.0
 """Drawing units between the error bars of neighbouring curves at one epsilon."""

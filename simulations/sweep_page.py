@@ -9,9 +9,9 @@ from __future__ import annotations
 from server import facts
 from server.charts import Level
 from server.facts import number, text
-from server.markup import Html, element
-from server.report_parts import figure, paragraph, section
-from server.report_style import STYLE
+from shared.markup import Html, element
+from shared.page_parts import document, figure, paragraph, section
+from shared.page_style import STYLE
 from simulations.sweep_chart import Curve, epsilon_chart
 from simulations.sweep_reading import (
     METRICS,
@@ -33,7 +33,6 @@ from simulations.sweep_tables import (
     setting_section,
 )
 
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 _PARTS = (
     ("result", "Result"),
     ("differences", "Differences"),
@@ -62,16 +61,6 @@ def render(sweep: Table) -> str:
         HTML that refers to nothing outside itself.
     """
     title = f"Accuracy against ε: {text(sweep, 'scenario')}"  # the scenario's title has an ε
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", f"{title} (Fedward sweep)"),
-        element("style", Html(STYLE + _STYLE)),
-    )
     sections = [
         _result_section(sweep),
         difference_section(sweep),
@@ -82,8 +71,9 @@ def render(sweep: Table) -> str:
     ]
     made = f"Fedward {text(sweep, 'version', default='')}".strip()
     footer = element("footer", f"{made}. Drawn from sweep.json; holds no script, loads nothing.")
-    body = element("body", element("main", _masthead(sweep, title), sections, footer))
-    return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
+    return document(
+        f"{title} (Fedward sweep)", [_masthead(sweep, title), sections, footer], STYLE + _STYLE
+    )
 
 
 def _masthead(sweep: Table, title: str) -> Html:

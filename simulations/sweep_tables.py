@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from server import facts
 from server.facts import amount, number, text
-from server.markup import Html, element
-from server.report_parts import Column, Row, paragraph, section, table, unfold
+from shared.markup import Html, element
+from shared.page_parts import Column, Row, paragraph, section, table, unfold
 from simulations.sweep_reading import (
     LISTED,
     METRICS,

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from server import facts
 from server.facts import Results, amount, number, spent_amount, text
-from server.markup import clean
+from shared.markup import clean
 
 WIDTH = 80
 PLAIN_LINES = 20  # over a whole study, notes not counted

@@ -15,9 +15,10 @@ from example_results import example_results
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from server import facts, report_style
-from server.markup import element
+from server import facts
 from server.report import render, write_report
+from shared import page_style as report_style
+from shared.markup import element
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "private": example_results(),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from sklearn.metrics import roc_auc_score
 
 from shared.models.image import SmallCnn
 from simulations.hospitals import Hospital, load_hospitals
+from simulations.localisation import times_above_chance
 from simulations.nodules import SIDE, SITES, NoduleSite, draw_nodules
 from simulations.scenario import load_scenario
 
@@ -75,29 +78,24 @@ def _parts(hospitals: tuple[Hospital, ...]) -> tuple[NDArray[np.float32], ...]:
     return (*train, *test)
 
 
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Two threads on a busy machine wait for each other ten times longer than they work."""
+@dataclass(frozen=True)
+class Trained:
+    """A small CNN, and the images that it has not seen."""
+
+    net: SmallCnn
+    x: NDArray[np.float32]
+    y: NDArray[np.int64]
+    x_test: NDArray[np.float32]
+    y_test: NDArray[np.int64]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Iterator[Trained]:
+    """Trained on all hospitals' images at one place, without privacy."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("one_thread")
-def test_pixels_alone_do_not_tell_but_a_small_cnn_does() -> None:
+    torch.set_num_threads(1)  # two on a busy machine wait for each other longer than they work
     scenario = load_scenario("nodules")
     x, y, x_test, y_test = _parts(load_hospitals(scenario.simulation, scenario.plan))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        linear = [
-            LogisticRegression(C=c, max_iter=50).fit(x.reshape(len(x), -1), y) for c in (1e-4, 1e-2)
-        ]
-    flat = x_test.reshape(len(x_test), -1)
-    assert max(roc_auc_score(y_test, m.decision_function(flat)) for m in linear) < 0.75
-
     torch.manual_seed(0)
     net = SmallCnn(1, 8)
     optimizer = torch.optim.Adam(net.parameters(), 3e-3)
@@ -110,6 +108,28 @@ def test_pixels_alone_do_not_tell_but_a_small_cnn_does() -> None:
             )
             loss.backward()
             optimizer.step()
+    yield Trained(net, x, y, x_test, y_test)
+    torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+def test_pixels_alone_do_not_tell_but_a_small_cnn_does(trained: Trained) -> None:
+    x, y, x_test, y_test = trained.x, trained.y, trained.x_test, trained.y_test
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        linear = [
+            LogisticRegression(C=c, max_iter=50).fit(x.reshape(len(x), -1), y) for c in (1e-4, 1e-2)
+        ]
+    flat = x_test.reshape(len(x_test), -1)
+    assert max(roc_auc_score(y_test, m.decision_function(flat)) for m in linear) < 0.75
     with torch.no_grad():
-        scores = net(torch.from_numpy(x_test)).numpy()
+        scores = trained.net(torch.from_numpy(x_test)).numpy()
     assert roc_auc_score(y_test, scores) > 0.95
+
+
+@pytest.mark.slow
+def test_gradcam_looks_at_the_nodule(trained: Trained) -> None:
+    """Its mass lies in the drawn nodule at least 3 times above chance; untrained, it does not."""
+    assert times_above_chance(copy.deepcopy(trained.net)).mean() >= 3
+    torch.manual_seed(1)
+    assert times_above_chance(SmallCnn(1, 8)).mean() < 3

@@ -11,17 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.facts import plural
-from server.markup import Child, Html, element, join
-from server.report_parts import Column, Row, fact_list, paragraph, section, table, unfold
-from server.report_style import STYLE
+from shared.markup import Child, Html, element, join
+from shared.page_parts import Column, Row, document, fact_list, paragraph, section, table, unfold
+from shared.page_style import STYLE
 from simulations.audits.page_chart import chart
 
 Record = Mapping[str, Any]
 
-_POLICY = (
-    "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; "
-    "form-action 'none'"
-)
 _BASE64 = re.compile(r"[A-Za-z0-9+/=]+")
 _STYLE = (
     ".badge{display:inline-block;padding:.05rem .5rem;border-radius:999px;font-size:.8rem;"
@@ -86,16 +82,6 @@ def render(statement: Record) -> str:
     """
     record: Record = statement["predicate"]
     title = f"Privacy audit: {record.get('plan', {}).get('name', 'unreadable plan')}"
-    head = element(
-        "head",
-        element("meta", charset="utf-8"),
-        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
-        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        element("meta", name="color-scheme", content="light dark"),
-        element("meta", name="referrer", content="no-referrer"),
-        element("title", f"{title} (Fedward)"),
-        element("style", Html(STYLE + _STYLE)),
-    )
     families = [f["name"] for f in record["families"]]
     sections = [
         _claim(record),
@@ -104,8 +90,12 @@ def render(statement: Record) -> str:
         _limits(record),
         _checking(statement),
     ]
-    body = element("body", element("main", _masthead(record, title, families), sections))
-    return "<!DOCTYPE html>\n" + element("html", head, body, lang="en") + "\n"
+    return document(
+        f"{title} (Fedward)",
+        [_masthead(record, title, families), sections],
+        STYLE + _STYLE,
+        pictures=True,
+    )
 
 
 def _masthead(record: Record, title: str, families: Sequence[str]) -> Html:

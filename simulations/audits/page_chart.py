@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from server.charts import Frame, Point, grid_lines, nice_ticks, pair, svg, tick_text
-from server.markup import Html, element, join
-from server.report_parts import figure, legend
+from shared.markup import Html, element, join
+from shared.page_parts import figure, legend
 
 STYLES = ("study", "local", "pooled", "promise")
 WIDTH, HEIGHT = 640, 300

@@ -1,12 +1,42 @@
-"""The report's building blocks: sections, tables, figures, lists of facts."""
+"""Building blocks of every page: the page itself, sections, tables, figures, lists of facts.
+
+A page refers to nothing outside itself, and its own content-security policy forbids it: no script,
+no network, no font.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
-from server.charts import swatch
-from server.markup import Child, Html, element, join
+from shared.markup import Child, Html, element, join
+
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def document(title: str, body: Child, style: str, *, pictures: bool = False) -> str:
+    """A whole page.
+
+    Args:
+        title: Of the browser's tab.
+        body: What is in it.
+        style: Its style sheet, from the program.
+        pictures: Whether it holds pictures, as data within the page.
+    """
+    policy = _POLICY + ("; img-src data:" if pictures else "")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", http_equiv="Content-Security-Policy", content=policy),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", name="color-scheme", content="light dark"),
+        element("meta", name="referrer", content="no-referrer"),
+        element("title", title),
+        element("style", Html(style)),
+    )
+    whole = element("html", head, element("body", element("main", body)), lang="en")
+    return f"<!DOCTYPE html>\n{whole}\n"
 
 
 @dataclass(frozen=True)
@@ -67,6 +97,17 @@ def fact_list(pairs: Sequence[tuple[str, Child]]) -> Html:
 def figure(*children: Child, caption: Child = None) -> Html:
     """A chart with what to see in it."""
     return element("figure", children, element("figcaption", caption) if caption else None)
+
+
+def swatch(style: str, kind: Literal["line", "box"] = "line") -> Html:
+    """A legend's sample of a line or a filled part; its meaning stands beside it as text."""
+    if kind == "line":
+        inner = element("line", x1=0, x2=26, y1=6, y2=6, class_=f"level {style}")
+    else:
+        inner = element("rect", x=1, y=1, width=11, height=11, rx=2, class_=style)
+    width = 26 if kind == "line" else 13
+    attributes = {"viewBox": f"0 0 {width} 13", "aria-hidden": "true"}
+    return element("svg", inner, class_="swatch", width=width, height=13, **attributes)
 
 
 def legend(

@@ -1,4 +1,4 @@
-"""The report's style sheet: one column, light and dark, phone to paper, no font from elsewhere."""
+"""The style sheet of every page: one column, light and dark, phone to paper, no outside font."""
 
 from __future__ import annotations
 
