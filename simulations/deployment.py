@@ -171,7 +171,7 @@ class Deployment:
         self.start_server()
         for name in self.names:
             self.start_site(name)
-        wait_for("all sites", lambda: self.online() == set(self.names), 300)
+        wait_for("all sites", lambda: self.online() == set(self.names), 600)
 
     def run(self, *arguments: str) -> Process:
         """`fedward-server run ...`, in the background, until it has named the run's folder."""

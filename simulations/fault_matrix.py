@@ -3,12 +3,13 @@
     python -m simulations.fault_matrix [--only NAME ...] [--again] [--list]
 
 Each fault strikes a running study of four sites (SuperLink, proxy, SuperNodes and workers over TLS)
-in one phase of its second round, or of its set-up or end. Then it is checked, and written into
-simulations/fault_matrix.json and SECURITY.md with the date:
+in one phase of its second round, or of its set-up or end, or in every phase. Then it is checked,
+and written into simulations/fault_matrix.json and SECURITY.md with the date:
 
 - the study ends, at once or after `fedward-server run --resume`;
 - its model is, to the bit, that of one process with the same contributors in each round;
-- every site's ledger holds each round once, and every round that the site is part of.
+- every site's ledger holds each round once, and every round that the site is part of;
+- no site's update lay open behind the TLS or in the SuperLink's database while the study ran.
 
 Faults that were checked are not checked again without --again, so that the matrix may be stopped
 and continued.
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from client.config import SiteFolder
+from client.ledger import Charge
 from shared.errors import FedwardError
 from shared.supervise import free_port, write_json
 from simulations.deployment import (
@@ -39,7 +42,6 @@ from simulations.fault_list import FAULTS
 from simulations.fault_page import write_page
 from simulations.fault_play import VICTIM, Fault, NotHeldError, Play
 from simulations.meddler import Meddler, meddling, pass_on
-from simulations.replay import in_process
 
 ROUNDS = 3
 RESULTS = Path(__file__).with_name("fault_matrix.json")
@@ -54,13 +56,18 @@ def check(fault: Fault, play: Play) -> str:
     rounds = live.rounds()
     _check_ledgers(live, rounds)
     if fault.ends != "finished":
-        return f"stops and says: {status['error'].split('.')[0]}"
+        if any(_charges(live, name) for name in live.names):
+            raise NotHeldError("a study that could not begin was charged")
+        return "; ".join([*play.notes, f"stops and says: {status['error'].split('.')[0]}"])
     missing = [r["round"] for r in rounds if VICTIM not in r["contributors"] and not r["aborted"]]
     aborted = [r["round"] for r in rounds if r["aborted"]]
     if fault.drops and not missing and not aborted:
         raise NotHeldError("nothing shows that the fault took place")
-    if status["sha256"] != in_process(live, live.latest_run().name):
+    same = play.replayed()
+    if status["sha256"] != same.sha256:
         raise NotHeldError("the model is not that of one process with the same contributors")
+    if found := play.in_the_clear(same.updates):
+        raise NotHeldError(f"an update lay open in: {', '.join(sorted(found))}")
     said = [*play.notes]
     said += [f"{VICTIM} not in {_count(len(missing), 'round')}"] if missing else []
     said += [f"{_count(len(aborted), 'round')} aborted and repeated"] if aborted else []
@@ -71,20 +78,27 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("s" if number != 1 else "")
 
 
+def _charges(live: Deployment, name: str) -> Sequence[Charge]:
+    folder = SiteFolder(live.site(name))
+    with closing(folder.books(folder.config(), folder.identity())) as books:
+        books.ledger.verify()
+        return books.ledger.charges(live.latest_run().name)
+
+
 def _check_ledgers(live: Deployment, rounds: Sequence[dict[str, Any]]) -> None:
-    run = live.latest_run().name
     for name in live.names:
-        folder = SiteFolder(live.site(name))
-        with closing(folder.books(folder.config(), folder.identity())) as books:
-            books.ledger.verify()
-            charges = books.ledger.charges(run)
+        charges = _charges(live, name)
         charged = [(c.epoch, c.round_no, c.used_for) for c in charges]
         if len(set(charged)) != len(charged):
             raise NotHeldError(f"{name} charged a round twice")
-        trained = {r["round"] for r in rounds if r["trained"] and name in r["contributors"]}
-        paid = {c.round_no for c in charges if c.used_for == "training"}
-        if not trained <= paid:
-            raise NotHeldError(f"{name} is in rounds {sorted(trained - paid)} without a charge")
+        mine = [r for r in rounds if name in r["contributors"]]
+        for use, due in (
+            ("training", {r["round"] for r in mine if r["trained"]}),
+            ("evaluation", {r["round"] for r in mine if not r["trained"]}),
+        ):
+            paid = {c.round_no for c in charges if c.used_for == use}
+            if not due <= paid:
+                raise NotHeldError(f"{name} is in rounds {sorted(due - paid)} without a charge")
 
 
 def play_all(faults: Sequence[Fault], results: dict[str, Any], limit_s: float) -> None:
@@ -92,7 +106,7 @@ def play_all(faults: Sequence[Fault], results: dict[str, Any], limit_s: float) -
     started = time.monotonic()
     behind = free_port()
     with tempfile.TemporaryDirectory() as base:
-        scenario = breast_cancer(ROUNDS, timeout_s=60.0, spare_rounds=3)
+        scenario = breast_cancer(ROUNDS, timeout_s=90.0, spare_rounds=6)
         with deployed(Path(base), scenario, behind=behind) as live:
             project = live.project
             upstream = f"https://{project.bind}"
@@ -116,16 +130,18 @@ def heal(live: Deployment, meddler: Meddler) -> None:
     for name in live.names:
         if live.processes[name].ended:
             live.start_site(name)
-    wait_for("all sites", lambda: live.online() == set(live.names), 200)
+    wait_for("all sites", lambda: live.online() == set(live.names), 400)
 
 
 def _one(fault: Fault, play: Play) -> dict[str, Any]:
     begun = time.monotonic()
     try:
-        fault.strike(play)
+        with play.watching():
+            fault.strike(play)
         held, found = True, check(fault, play)
-    except (FedwardError, OSError, ValueError, KeyError) as error:
+    except (FedwardError, OSError, ValueError, KeyError, subprocess.TimeoutExpired) as error:
         held, found = False, f"{type(error).__name__}: {error}"
+        play.abandon()
     return {
         "what": fault.what,
         "held": held,

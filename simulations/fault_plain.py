@@ -1,8 +1,8 @@
 """Does a site's update ever lie open behind the TLS, or in the SuperLink's database?
 
-The known update of every site in round 1 is looked for in everything that passes the middle of the
-connections, and in every state of the database while the study runs. First with sites that do not
-mask, which must be found: a search that finds nothing proves nothing else.
+In every play the known updates of every site are looked for in everything that passes the middle of
+the connections, and in whatever the database's files held while the study ran. One play has sites
+that do not mask, whose updates must be found: a search that finds nothing proves nothing else.
 """
 
 from __future__ import annotations
@@ -11,22 +11,13 @@ import hashlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from simulations.fault_play import NotHeldError, Play
-from simulations.replay import known_updates
+from shared.errors import FedwardError
 
 WINDOW = 24
 """Bytes of an update that are looked for at a time: 8 coordinates of 24 bits."""
-
-UNMASKED = """\
-import client.secagg_round as round_
-def without(vector, plus, minus, bits, source=None, **rest):
-    if source is not None:
-        source.reader(0)(vector)
-        vector &= (1 << bits) - 1
-round_.add_masks = without
-"""
 
 
 def windows(update: bytes) -> Iterator[bytes]:
@@ -41,65 +32,58 @@ def places(known: Mapping[str, Iterable[bytes]], seen: Mapping[str, Iterable[byt
     """Where some piece of some site's update was found: names of `seen`."""
     pieces = [p for updates in known.values() for update in updates for p in windows(update)]
     if not pieces:
-        raise NotHeldError("there is no update to look for")
+        raise FedwardError("there is no update to look for")
     return {name for name, texts in seen.items() if any(p in t for t in texts for p in pieces)}
 
 
-@contextmanager
-def database_states(database: Path) -> Iterator[list[bytes]]:
-    """Every different state of the SuperLink's files that was seen within the block."""
-    states: list[bytes] = []
-    known: set[bytes] = set()
-    stop = threading.Event()
+PAGE, OVERLAP = 1 << 14, 2 * WINDOW
+LOOK_S = 0.1
 
-    def look() -> None:
-        while not stop.wait(0.05):
-            for file in database.parent.glob(f"{database.name}*"):
-                try:
-                    state = file.read_bytes()
-                except OSError:
+
+@dataclass
+class DatabaseWatch:
+    """Keeps whatever a database's files hold, as long as it runs; each piece of them once."""
+
+    database: Path
+    pieces: list[bytes] = field(default_factory=list)
+    _known: set[bytes] = field(default_factory=set)
+    _stamps: dict[Path, tuple[int, int]] = field(default_factory=dict)
+
+    def look(self) -> None:
+        """Keep what is new."""
+        for file in self.database.parent.glob(f"{self.database.name}*"):
+            try:
+                found = file.stat()
+                stamp = (found.st_mtime_ns, found.st_size)
+                if self._stamps.get(file) == stamp:
                     continue
-                digest = hashlib.sha256(state).digest()
-                if digest not in known:
-                    known.add(digest)
-                    states.append(state)
+                self._stamps[file] = stamp
+                self._keep(file.read_bytes())
+            except OSError:
+                continue  # SQLite took the file away
 
-    thread = threading.Thread(target=look)
-    thread.start()
-    try:
-        yield states
-    finally:
-        stop.set()
-        thread.join()
+    def _keep(self, state: bytes) -> None:
+        for start in range(0, len(state), PAGE):
+            piece = state[start : start + PAGE + OVERLAP]
+            digest = hashlib.sha256(piece).digest()
+            if digest not in self._known:
+                self._known.add(digest)
+                self.pieces.append(piece)
 
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Look ten times a second within the block, and once at its end."""
+        stop = threading.Event()
 
-def search(play: Play) -> set[str]:
-    """Run a study, and say where an update lay open: "wire", "database"."""
-    play.meddler.recording = []
-    try:
-        with database_states(play.live.project.database) as states:
-            play.begin()
-            play.at("agree", 0)
-            play.end()
-        wire = play.meddler.recording
-    finally:
-        play.meddler.recording = None
-    known = known_updates(play.live, play.live.latest_run().name)
-    if set(known) != set(play.live.names):
-        raise NotHeldError("not every site's update is known")
-    return places(known, {"wire": wire, "database": states})
+        def watch() -> None:
+            while not stop.wait(LOOK_S):
+                self.look()
 
-
-def nothing_in_the_clear(play: Play) -> None:
-    """The control with sites that do not mask, then the search that must find nothing."""
-    for name in play.live.names:
-        play.restart_as(name, UNMASKED)
-    control = search(play)
-    if control != {"wire", "database"}:
-        raise NotHeldError(f"the control, without masks, was found in {sorted(control)} only")
-    for name in play.live.names:
-        play.restart(name)
-    found = search(play)
-    if found:
-        raise NotHeldError(f"an update lay open in: {', '.join(sorted(found))}")
-    play.notes.append("not found; without masks found on the wire and in the database")
+        thread = threading.Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.look()

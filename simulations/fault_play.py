@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import tempfile
 from base64 import b64encode
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from client.config import SiteFolder
 from server.link import node_key_bytes
+from server.up import running_link
 from shared.errors import FedwardError
 from simulations.deployment import ROOT, Deployment, Process, wait_for
+from simulations.fault_plain import DatabaseWatch, places
 from simulations.meddler import Meddler
+from simulations.replay import Replay, replay
 
-VICTIM = "county"
+VICTIM, OTHER = "county", "rural"
+SET_UP = ("rollcall", "join", "setup")
+END_S = 900.0
 
 
 class NotHeldError(FedwardError):
@@ -30,6 +38,28 @@ class Play:
     meddler: Meddler
     process: Process | None = None
     notes: list[str] = field(default_factory=list)
+    database: DatabaseWatch | None = None
+    _wire: list[bytes] = field(default_factory=list)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Keep what passes behind the TLS, and what lies in the SuperLink's database."""
+        self.forget()
+        self.database = DatabaseWatch(self.live.project.database)
+        with self.database.watching():
+            yield
+        self.meddler.recording = None  # what passes later is of no study
+
+    def forget(self) -> None:
+        """Let the watch begin anew."""
+        self.meddler.recording = self._wire = []
+        if self.database is not None:
+            self.database.pieces.clear()
+
+    def in_the_clear(self, updates: Mapping[str, Iterable[bytes]]) -> set[str]:
+        """Where some site's update lay open: "wire", "database"."""
+        found = self.database.pieces if self.database is not None else []
+        return places(updates, {"wire": self._wire, "database": found})
 
     def begin(self) -> None:
         """Approve at every site and start the study."""
@@ -45,17 +75,51 @@ class Play:
                 raise NotHeldError(f"the study was over before {action!r}: {status}")
             return status.get("action") == action and int(status.get("round", 0)) >= rounds
 
-        wait_for(f"phase {action}", there, 180, every_s=0.02)
+        wait_for(f"phase {action}", there, END_S, every_s=0.02)
+
+    def reach(self, action: str) -> None:
+        """Wait for a phase; of a round, for the second one's or a later one's.
+
+        The phase `release` comes only where a site dropped out: another one is killed for it.
+        """
+        if action == "release":
+            self.at("round")
+            self.kill_site(OTHER)
+        self.at(action, 0 if action in SET_UP else 1)
+
+    def kill_site(self, name: str) -> None:
+        """kill -9 of a site's SuperNode and worker; its supervisor starts them again."""
+        for child in ("supernode", "worker"):
+            os.kill(self.live.site_pid(name, child), signal.SIGKILL)
+
+    def replayed(self, *, everyone: bool = False) -> Replay:
+        """The latest study in one process; see `replay`."""
+        return replay(self.live, self.live.latest_run().name, everyone=everyone)
 
     def end(self) -> int:
         """The exit code of the command that follows the study."""
         if self.process is None:
             raise NotHeldError("no study was begun")
-        return self.process.popen.wait(400)
+        return self.process.popen.wait(END_S)
+
+    def end_or_resume(self) -> None:
+        """Wait for the end; go on once where the study has stopped."""
+        if self.end() != 0:
+            self.notes.append("stopped, gone on with --resume")
+            self.resume()
+            self.end()
 
     def resume(self) -> None:
         """Go on with the run, as an operator would."""
         self.process = self.live.run("--resume", self.live.latest_run().name)
+
+    def abandon(self) -> None:
+        """Stop the study, wherever it is, so that the next one finds the sites free."""
+        if self.process is not None:
+            self.process.end()
+        flower = self.live.latest_run() / "flower.json"
+        with suppress(FedwardError, OSError), running_link(self.live.project) as link:
+            link.stop(int(json.loads(flower.read_text(encoding="utf-8"))["flower_run"]))
 
     def restart_as(self, name: str, code: str) -> None:
         """Start a site again with code that runs first in each of its processes."""

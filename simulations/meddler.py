@@ -50,8 +50,19 @@ def pass_on(key: str, path: str) -> Treatment:
 
 @dataclass
 class Meddler:
-    """The rule that holds now, and what was seen."""
+    """The rule that holds now, and what was seen.
 
+    Args:
+        port: Of loopback, where it stands.
+        upstream: "https://host:port" of the real proxy.
+        authority: PEM of the project's CA.
+        files: Certificate and key of the server, PEM.
+    """
+
+    port: int = 0
+    upstream: str = ""
+    authority: Path = Path()
+    files: tuple[Path, ...] = ()
     rule: Rule = pass_on
     recording: list[bytes] | None = None
     treated: list[Treatment] = field(default_factory=list)
@@ -60,6 +71,38 @@ class Meddler:
         """Keep a body that passed, while recording."""
         if self.recording is not None:
             self.recording.append(body)
+
+    def start(self) -> None:
+        """Listen, and pass requests on."""
+        certificate, key = self.files
+        config = uvicorn.Config(
+            _App(self.upstream, ssl.create_default_context(cafile=str(self.authority)), self),
+            host="127.0.0.1",
+            port=self.port,
+            ssl_certfile=str(certificate),
+            ssl_keyfile=str(key),
+            log_level="error",
+            lifespan="on",
+            ws="none",
+            timeout_graceful_shutdown=2,
+        )
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Listen no more."""
+        self._server.should_exit = True
+        self._thread.join()
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """Somebody else may stand there within the block."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
 
 
 class _App(FleetProxy):
@@ -90,27 +133,11 @@ class _App(FleetProxy):
 
 
 @contextmanager
-def meddling(
-    port: int, upstream: str, authority: Path, certificate: Path, key: Path
-) -> Iterator[Meddler]:
-    """Stand on a port of loopback before `upstream`, "https://host:port", within the block."""
-    meddler = Meddler()
-    app = _App(upstream, ssl.create_default_context(cafile=str(authority)), meddler)
-    config = uvicorn.Config(
-        app,
-        host="127.0.0.1",
-        port=port,
-        ssl_certfile=str(certificate),
-        ssl_keyfile=str(key),
-        log_level="error",
-        lifespan="on",
-        ws="none",
-    )
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
+def meddling(port: int, upstream: str, authority: Path, *files: Path) -> Iterator[Meddler]:
+    """A meddler that stands on a port of loopback within the block; see `Meddler`."""
+    meddler = Meddler(port, upstream, authority, files)
+    meddler.start()
     try:
         yield meddler
     finally:
-        server.should_exit = True
-        thread.join()
+        meddler.stop()

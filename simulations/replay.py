@@ -7,7 +7,9 @@ contributors give the same model to the bit, whatever carried the messages.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,9 @@ import numpy as np
 from client.app import forget_sites
 from client.run import SiteRun
 from server.app import make_server_app
+from server.progress import Progress
 from server.rounds import StudyOutcome
+from shared.errors import FedwardError
 from shared.layout import Packed
 from shared.messages import decode
 from shared.parameters import FlatVector
@@ -45,16 +49,35 @@ def absent_from(contributors: Mapping[int, set[str]]) -> FaultHook:
     return hook
 
 
+@dataclass(frozen=True)
+class Replay:
+    """The same study, computed in this process.
+
+    Attributes:
+        sha256: Hash of the model that it ends with.
+        updates: What each site's vectors would look like without their masks, by site: as the
+            bytes of the ring's integers on the wire, and as those of the float32 update.
+    """
+
+    sha256: str
+    updates: Mapping[str, tuple[bytes, ...]]
+
+
 def in_process(live: Deployment, run_id: str, *, everyone: bool = False) -> str:
-    """The hash of the model that the same study ends with in this process.
+    """The hash of the model that the same study ends with in this process; see `replay`."""
+    return replay(live, run_id, everyone=everyone).sha256
+
+
+def replay(live: Deployment, run_id: str, *, everyone: bool = False) -> Replay:
+    """The same study once more.
 
     Each round has the contributors that it had in the deployment: the faults are the same. With
-    `everyone` no site is ever missing.
+    `everyone` no site is ever missing: the run that nothing disturbed.
     """
     contributors = {r["round"]: set(r["contributors"]) for r in live.rounds()}
     faults = no_faults if everyone else absent_from(contributors)
     done: list[StudyOutcome] = []
-    with tempfile.TemporaryDirectory() as base:
+    with tempfile.TemporaryDirectory() as base, _watched() as updates, _patient():
         folders = {name: Path(base) / name for name in live.names}
         roster = write_sites(
             Path(base), live.plan, live.hospitals, seed=live.scenario.simulation.seed, device="cpu"
@@ -71,38 +94,52 @@ def in_process(live: Deployment, run_id: str, *, everyone: bool = False) -> str:
             run_in_process(app, folders, faults)
         finally:
             forget_sites()
-    return done[0].state.digest().hex()
+    had = {r.round_no: set(r.contributors) for r in done[0].reports}
+    if not everyone and had != contributors:
+        raise FedwardError(f"the replay had other contributors, {had}, than {contributors}")
+    return Replay(done[0].state.digest().hex(), {n: tuple(u) for n, u in updates.items()})
 
 
-def known_updates(live: Deployment, run_id: str) -> dict[str, tuple[bytes, ...]]:
-    """What each site's first masked vector would look like without its masks, by site.
+@contextmanager
+def _patient() -> Iterator[None]:
+    """Asks every site in every round, however often it was missing.
 
-    The same study is begun in this process, where the vectors are taken before they are masked:
-    as the bytes of the ring's integers on the wire, and as those of the float32 update.
+    In a deployment a site that was missing is asked ever more rarely, or at once where a new epoch
+    has let it in.
     """
-    found: dict[str, tuple[bytes, ...]] = {}
+    note_absent = Progress.note_absent
+    Progress.note_absent = lambda *_: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Progress.note_absent = note_absent  # type: ignore[method-assign]
+
+
+@contextmanager
+def _watched() -> Iterator[dict[str, list[bytes]]]:
+    """Takes every site's vectors of this process before they are masked."""
+    found: dict[str, list[bytes]] = {}
     pack = SiteRun._pack
 
     def watched(
         run: SiteRun, vector: FlatVector, counts: Any, round_no: int
     ) -> RingVector | Packed:
         packed = pack(run, vector, counts, round_no)
-        if round_no == 1:
-            integers = np.empty(run.layout.length, dtype=np.uint32)
-            if isinstance(packed, np.ndarray):
-                integers[:] = packed
-            else:
-                packed.reader(0)(integers)
-            wire = run.layout.ring.to_wire(integers & run.layout.ring.modulus_mask)
-            # The counts behind the parameters are mostly zeros, which are everywhere.
-            size = len(wire) // run.layout.length
-            parameters = bytes(wire[: size * run.layout.parameters])
-            found[run.config.name] = (parameters, vector.astype("<f4").tobytes())
+        integers = np.empty(run.layout.length, dtype=np.uint32)
+        if isinstance(packed, np.ndarray):
+            integers[:] = packed
+        else:
+            packed.reader(0)(integers)
+        wire = run.layout.ring.to_wire(integers & run.layout.ring.modulus_mask)
+        # The counts behind the parameters are mostly zeros, which are everywhere.
+        size = len(wire) // run.layout.length
+        parameters = bytes(wire[: size * run.layout.parameters])
+        plain = vector.astype("<f4").tobytes()
+        found.setdefault(run.config.name, []).extend((parameters, plain))
         return packed
 
     SiteRun._pack = watched  # type: ignore[method-assign, assignment]
     try:
-        in_process(live, run_id, everyone=True)
+        yield found
     finally:
         SiteRun._pack = pack  # type: ignore[method-assign]
-    return found

@@ -7,17 +7,11 @@ whatever the outside may try.
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import signal
 import socket
 import ssl
-import subprocess
-import sys
-import time
-import zipfile
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -26,13 +20,11 @@ from typing import Any
 import httpx
 import pytest
 
-from client.config import SiteFolder
-from client.enrolment import make_node_key
-from server.link import Link, connect
-from server.up import running_link
-from shared.bundle import RUN_FOLDER, build_bundle, pack
-from shared.supervise import environment, free_port
+from server.link import connect
 from simulations.deployment import Deployment, breast_cancer, deployed, wait_for
+from simulations.fault_play import Play
+from simulations.fault_sites import call_as_stranger, changed_bundle, was_refused
+from simulations.meddler import Meddler
 from simulations.replay import in_process
 from simulations.scenario import Scenario
 
@@ -102,58 +94,15 @@ def test_a_study_outlives_its_superlink(live: Deployment) -> None:
 
 
 def test_a_changed_bundle_is_refused_and_nothing_of_it_is_installed(live: Deployment) -> None:
-    live.approve()
-    with zipfile.ZipFile(io.BytesIO(build_bundle())) as bundle:
-        content = {name: bundle.read(name) for name in bundle.namelist() if name[0] != "."}
-    content["client/app.py"] += b"\nopen('/tmp/fedward-was-here', 'w').close()\n"
-    changed = pack(content)
-    with running_link(live.project) as link:
-        _start_changed(live, link, changed)
-    wait_for("the refusal", lambda: live.status().get("state") == "failed", 240)
+    changed_bundle(Play(live, Meddler()))
     assert "No usable answer came from city, county, rural" in live.status()["error"]
-    for name in live.names:
-        log = (live.site(name) / "logs" / "supernode.log").read_text()
-        assert "Nothing of it was unpacked" in log
-        assert not (live.site(name) / "flower" / "apps").exists()
-    assert not Path("/tmp/fedward-was-here").exists()  # noqa: S108
-
-
-def _start_changed(live: Deployment, link: Link, fab: bytes) -> None:
-    """As `fedward-server run`, with another bundle: what a coordinator could do."""
-    from flwr.common.serde import fab_to_proto, user_config_to_proto  # noqa: PLC0415
-    from flwr.proto.control_pb2 import StartRunRequest  # noqa: PLC0415
-    from flwr.supercore.fab import Fab  # noqa: PLC0415
-
-    from server.runs import new_run  # noqa: PLC0415
-
-    run = new_run(live.project, live.plan, 60.0, time.time())
-    request = StartRunRequest(
-        fab=fab_to_proto(Fab(hashlib.sha256(fab).hexdigest(), fab, {})),
-        override_config=user_config_to_proto({RUN_FOLDER: str(run.path)}),
-    )
-    assert link._client.StartRun(request).HasField("run_id")
 
 
 def test_a_stranger_with_the_authority_but_no_registered_key_is_refused(
     live: Deployment, tmp_path: Path
 ) -> None:
-    make_node_key(tmp_path / "stranger")
-    kit = SiteFolder(live.site("city")).kit()
-    found = subprocess.run(
-        [
-            *(sys.executable, "-P", "-m", "shared.child", "client.bundle:supernode"),
-            *("--superlink", kit.server),
-            *("--root-certificates", str(live.site("city") / "tls" / "ca.crt")),
-            *("--auth-supernode-private-key", str(tmp_path / "stranger")),
-            *("--isolation", "process", "--port", str(free_port())),
-        ],
-        env=environment(tmp_path / "home"),
-        capture_output=True,
-        timeout=180,
-        check=False,
-    )
-    assert found.returncode != 0
-    assert b"Failed to initialize the connection" in found.stdout + found.stderr
+    call = call_as_stranger(live, tmp_path)
+    assert was_refused(call), call.stderr
     assert live.online() == set(live.names)
 
 

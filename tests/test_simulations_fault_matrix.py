@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import datetime
+import ssl
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 
 from client.config import SiteFolder
 from client.ledger import Charge
-from simulations import fault_matrix, fault_page
+from server.authority import create_authority
+from shared.errors import FedwardError
+from shared.supervise import free_port
+from simulations import fault_page
 from simulations.fault_list import FAULTS
 from simulations.fault_matrix import check, read_results
 from simulations.fault_page import BEGIN, END, PAGE, table, write_page
-from simulations.fault_plain import places
+from simulations.fault_plain import PAGE as PIECE
+from simulations.fault_plain import DatabaseWatch, places
 from simulations.fault_play import VICTIM, Fault, NotHeldError, Play
+from simulations.impostor import DAY, expired_certificate, impostor, wrong_certificate
 from simulations.meddler import Meddler
+from simulations.replay import Replay
 
 NAMES = ("city", VICTIM, "university")
 
@@ -48,7 +59,7 @@ class Books:
 
 
 @pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Play:
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     """A study of two rounds that ended well, of which tests then change something."""
     live: Any = SimpleNamespace(
         names=NAMES,
@@ -57,6 +68,7 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
         state={"state": "finished", "sha256": "aa"},
         site=lambda name: name,
         latest_run=lambda: SimpleNamespace(name="run"),
+        project=SimpleNamespace(database=tmp_path / "link.db"),
     )
     live.status, live.rounds = (lambda: live.state), (lambda: live.lines)
     monkeypatch.setattr(SiteFolder, "config", lambda folder: None)
@@ -64,10 +76,15 @@ def play(monkeypatch: pytest.MonkeyPatch) -> Play:
     monkeypatch.setattr(
         SiteFolder, "books", lambda folder, config, identity: Books(live.charges[folder.path])
     )
-    monkeypatch.setattr(fault_matrix, "in_process", lambda live, run: "aa")
-    return Play(live, Meddler())
+    play = Play(live, Meddler())
+    monkeypatch.setattr(Play, "replayed", lambda play: Replay("aa", {"city": (UPDATE,)}))
+    with play.watching():
+        play.meddler.record(MASKED)
+    return play
 
 
+UPDATE = bytes((7 * i + i * i) % 251 for i in range(200))
+MASKED = bytes(b ^ (91 + 5 * i) % 256 for i, b in enumerate(UPDATE))
 FAULT = Fault("x", "x", lambda play: None)
 
 
@@ -92,6 +109,10 @@ def _charged_too_little(live: Any) -> None:
     live.charges["city"] = (charge(1),)
 
 
+def _counted_for_nothing(live: Any) -> None:
+    live.lines[0] |= {"trained": False}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -99,6 +120,7 @@ def _charged_too_little(live: Any) -> None:
         (_failed, "the study is failed"),
         (_charged_twice, "charged a round twice"),
         (_charged_too_little, r"rounds \[2\] without a charge"),
+        (_counted_for_nothing, r"rounds \[1\] without a charge"),
     ],
 )
 def test_a_study_that_ended_badly_does_not_hold(
@@ -115,14 +137,69 @@ def test_a_fault_that_did_not_take_place_does_not_hold(play: Play) -> None:
         check(replace(FAULT, drops=True), play)
 
 
+def test_an_update_that_lay_open_does_not_hold(play: Play) -> None:
+    play._wire.append(b"before" + UPDATE)
+    with pytest.raises(NotHeldError, match="lay open in: wire"):
+        check(FAULT, play)
+    play.forget()
+    assert check(FAULT, play)
+
+
+def test_a_study_that_could_not_begin_is_charged_to_nobody(play: Play) -> None:
+    _failed(play.live)
+    fault = replace(FAULT, ends="failed")
+    with pytest.raises(NotHeldError, match="was charged"):
+        check(fault, play)
+    play.live.charges = dict.fromkeys(NAMES, ())  # type: ignore[attr-defined]
+    play.live.lines = []  # type: ignore[attr-defined]
+    assert check(fault, play) == "stops and says: no"
+
+
+def test_the_watch_keeps_what_a_database_held_and_has_lost(tmp_path: Path) -> None:
+    """Also across the borders of what it keeps, and in the log beside the database."""
+    file = tmp_path / "link.db"
+    watch = DatabaseWatch(file)
+    with watch.watching():
+        file.write_bytes(bytes(PIECE - 100) + UPDATE + bytes(PIECE))
+        watch.look()
+        file.write_bytes(bytes(10))
+        (tmp_path / "link.db-wal").write_bytes(MASKED)
+    for written in (UPDATE, MASKED):
+        assert places({"city": (written,)}, {"database": watch.pieces})
+    assert not places({"city": (bytes(b ^ 85 for b in UPDATE),)}, {"database": watch.pieces})
+
+
+def test_the_impostor_counts_those_who_believe_it_and_those_who_do_not(tmp_path: Path) -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    settings: Any = SimpleNamespace(name="trial")
+    key, certificate = create_authority("trial", begins=now - DAY, ends=now + DAY)
+    (tmp_path / "ca.key").write_bytes(key)
+    (tmp_path / "ca.crt").write_bytes(certificate)
+    project: Any = SimpleNamespace(
+        settings=lambda: settings, ca_key=tmp_path / "ca.key", ca_certificate=tmp_path / "ca.crt"
+    )
+    trusts = ssl.create_default_context(cafile=str(project.ca_certificate))
+    port = free_port()
+
+    def call(verify: ssl.SSLContext | bool) -> None:
+        with suppress(httpx.HTTPError), httpx.Client(verify=verify, timeout=5) as client:
+            client.post(f"https://127.0.0.1:{port}/", content=b"secret")
+
+    for certify in (wrong_certificate, expired_certificate):
+        files = certify(project, tmp_path / certify.__name__, now)
+        with impostor(port, *files) as found:
+            call(trusts)
+            assert (found.refused, found.fooled) == (1, 0)
+            call(False)  # the control: who checks nothing is fooled
+            assert (found.refused, found.fooled) == (1, 1)
+
+
 def test_an_update_is_found_wherever_it_lies_and_nowhere_else() -> None:
-    update = bytes((7 * i + i * i) % 251 for i in range(200))
-    masked = bytes(b ^ (91 + 5 * i) % 256 for i, b in enumerate(update))
-    known = {"city": (update,)}
-    seen = {"wire": [b"before" + update + b"after"], "database": [masked, bytes(500)]}
+    known = {"city": (UPDATE,)}
+    seen = {"wire": [b"before" + UPDATE + b"after"], "database": [MASKED, bytes(500)]}
     assert places(known, seen) == {"wire"}
-    assert places(known, {"wire": [masked]}) == set()
-    with pytest.raises(NotHeldError, match="no update"):
+    assert places(known, {"wire": [MASKED]}) == set()
+    with pytest.raises(FedwardError, match="no update"):
         places({"city": (bytes(200),)}, seen)
 
 
