@@ -49,7 +49,6 @@ def test_a_site_that_was_missing_twice_may_be_back_at_once(live: Any) -> None:
     rounds(live, {"county"}, {"county"}, {"county"})
     never = replay(live, "run-1")
     assert late != never.sha256
-    assert replay(live, "run-1").sha256 == never.sha256
     assert set(never.updates) == set(live.names)
     rounds(live, set(), set(), set())
     assert replay(live, "run-1").sha256 == replay(live, "run-1", everyone=True).sha256
