@@ -14,6 +14,7 @@ from client import (
     commands_enrol,
     commands_evidence,
     commands_explain,
+    commands_finetune,
     commands_ledger,
     commands_log,
     commands_model,
@@ -34,6 +35,7 @@ from nothing to ready:
 at any time:
   fedward-site status                      does it run, and what was refused lately?
   fedward-site policy check plan.toml      would this plan be allowed?
+  fedward-site finetune RUN --epsilon 1    let a released model learn from this site's patients
   fedward-site spent                       what the patients have spent so far, by study
   fedward-site ledger verify               was the ledger changed?
   fedward-site log --follow                what the server asks, what leaves, what it costs
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_evidence.add_commands(commands)
     commands_recover.add_commands(commands)
     commands_model.add_commands(commands)
+    commands_finetune.add_commands(commands)
     commands_explain.add_commands(commands)
     commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()

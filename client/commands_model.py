@@ -10,6 +10,7 @@ from typing import IO
 
 from client.config import SiteFolder
 from client.data.table import read_inputs
+from client.own_model import own_version
 from client.prediction import outputs_of
 from shared.command import Commands
 from shared.config import require
@@ -29,13 +30,20 @@ def add_commands(commands: Commands) -> None:
     predict.add_argument("model", type=Path, help="the folder with model.safetensors")
     predict.add_argument("file", type=Path, help="a CSV or Parquet file")
     predict.add_argument("--out", type=Path, help="a CSV file (default: standard output)")
+    predict.add_argument(
+        "--as-released", action="store_true", help="even where this site has its own version"
+    )
     predict.set_defaults(command=_predict, recorded="predict")
 
 
 def _predict(arguments: argparse.Namespace) -> int:
     model = read_model(arguments.model)
     arguments.plan_sha256 = model.plan.sha256
-    source = SiteFolder(arguments.site).config().source
+    folder = SiteFolder(arguments.site)
+    own = None if arguments.as_released else own_version(folder, model)
+    if own is not None:
+        print("By this site's own version of the model (--as-released: not).", file=sys.stderr)
+    source = folder.config().source
     require(
         not arguments.out or not arguments.out.exists(),
         f"{arguments.out} exists already. Give another file with --out.",
@@ -45,7 +53,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
         )
     inputs, patients = read_inputs(arguments.file, source.table, model.plan.task)
-    columns = answers(model.plan.task, outputs_of(model, inputs))
+    columns = answers(model.plan.task, outputs_of(own or model, inputs))
     rows = zip(patients, *columns.values(), strict=True)
     lines = [[name, *(f"{value:.6g}" for value in values)] for name, *values in rows]
     if arguments.out is None:

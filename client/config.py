@@ -15,6 +15,7 @@ opt-out.json       patients who do not take part, as keyed hashes
 prepared/          the hospital's files as a plan's task wants them
 patients.key       turns patients' identifiers into the ledger's hashes
 runs/RUN/          state of one run, and its log
+own-models/KEY/    this site's own version of a released model
 """
 
 from __future__ import annotations

@@ -8,9 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors.numpy import save as save_tensors
-
 from server.evidence import Spool, along
 from server.results import write_text
 from server.rounds import RoundReport, StudyOutcome
@@ -32,6 +29,7 @@ from shared.metrics import LEVEL, Reading
 from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
 from shared.privacy import GRID, count_promise_of, epsilon_of, noise_multiplier_of
+from shared.released import model_files
 from shared.secagg.graph import tolerated_dropouts
 from shared.study import Receipt, state_to_bytes
 
@@ -233,19 +231,10 @@ def _wire(transport: GridTransport) -> dict[str, Any]:
 
 def write_model(plan: StudyPlan, outcome: StudyOutcome, folder: Path) -> None:
     """Write model.safetensors and model.json: the tensors, and what is needed to use them."""
-    spec = parameter_spec(build_model(plan))
-    tensors = spec.unflatten(outcome.state.parameters)
-    data = save_tensors({name: np.ascontiguousarray(t) for name, t in tensors.items()})
-    _write_bytes(data, folder / "model.safetensors")
-    about = {
-        "schema": "fedward-model/1",
-        "version": version(),
-        "plan_sha256": plan.sha256,
-        "state_sha256": outcome.state.digest().hex(),
-        "rounds": outcome.state.round_no,
-        "plan": json.loads(plan.canonical_bytes),
-    }
-    write_text(json.dumps(about, indent=2, ensure_ascii=False) + "\n", folder / "model.json")
+    state = outcome.state
+    facts = {"state_sha256": state.digest().hex(), "rounds": state.round_no}
+    for name, data in model_files(plan, state.parameters, facts).items():
+        _write_bytes(data, folder / name)
 
 
 def write_evidence(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
-from safetensors.numpy import load
+from safetensors.numpy import load, save
 from torch import nn
 
 from shared import plan as plans
@@ -22,6 +23,7 @@ from shared.models import build_model, load_parameters, parameter_spec
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.task_plan import TaskPlan
+from shared.version import fedward_version
 
 SCHEMA = "fedward-model/1"
 Reals = NDArray[np.float64]
@@ -40,6 +42,11 @@ class ReleasedModel:
     plan: StudyPlan
     parameters: FlatVector
     sha256: str
+
+    @property
+    def key(self) -> str:
+        """Names the model by plan and parameters alone, 32 hex digits, whatever file holds it."""
+        return model_key(self.plan, self.parameters)
 
     def module(self) -> nn.Module:
         """The model itself, on the CPU, ready to be asked."""
@@ -75,6 +82,31 @@ def read_model(folder: Path) -> ReleasedModel:
     )
     parameters = parameter_spec(build_model(plan)).flatten(tensors)
     return ReleasedModel(plan, parameters, hashlib.sha256(data).hexdigest())
+
+
+def model_key(plan: StudyPlan, parameters: FlatVector) -> str:
+    """See `ReleasedModel.key`."""
+    values = np.ascontiguousarray(parameters, dtype="<f4").tobytes()
+    return hashlib.sha256(bytes.fromhex(plan.sha256) + values).hexdigest()[:32]
+
+
+def model_files(
+    plan: StudyPlan, parameters: FlatVector, facts: Mapping[str, object]
+) -> dict[str, bytes]:
+    """What `read_model` reads: the bytes of model.safetensors and model.json, by file name.
+
+    Args:
+        plan: Of the model.
+        parameters: float32, shape (d,).
+        facts: What else model.json says of it.
+    """
+    tensors = parameter_spec(build_model(plan)).unflatten(parameters)
+    about: dict[str, object] = {"schema": SCHEMA, "version": fedward_version()}
+    about |= {"plan_sha256": plan.sha256, **facts, "plan": json.loads(plan.canonical_bytes)}
+    return {
+        "model.safetensors": save({n: np.ascontiguousarray(t) for n, t in tensors.items()}),
+        "model.json": (json.dumps(about, indent=2, ensure_ascii=False) + "\n").encode(),
+    }
 
 
 def answers(task: TaskPlan, outputs: NDArray[np.float32]) -> dict[str, Reals]:
