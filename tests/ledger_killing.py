@@ -13,11 +13,22 @@ from shared.identity import Identity
 
 IDENTITY = Identity.from_bytes(bytes(range(32)))
 STEPS = 5
+LAST = 3
+"""The round that counts alone, after the last that trains."""
 
 
-def charge(round_no: int) -> Charge:
-    """The charge of one round, always the same."""
-    return Charge("run-1", "0" * 64, round_no, f"{round_no:064x}", 2.0, 2.0, 0.5, STEPS, "0" * 64)
+def due(round_no: int) -> tuple[Charge, ...]:
+    """What a round costs, always the same: training and evaluation, at last statistics alone."""
+    descriptor, people = f"{round_no:064x}", "0" * 64
+    if round_no == LAST:
+        return (
+            Charge("run-2", "1" * 64, round_no, descriptor, 3.0, 3.0, 1.0, 1, people, "statistics"),
+        )
+    training = Charge("run-1", "0" * 64, round_no, descriptor, 2.0, 2.0, 0.5, STEPS, people)
+    counted = Charge(
+        "run-1", "0" * 64, round_no, descriptor, 9.0, 9.0, 1.0, 1, "2" * 64, "evaluation"
+    )
+    return training, counted
 
 
 def work(folder: Path, rounds: int, pause_s: float, die_at: str, die_round: int) -> None:
@@ -44,16 +55,18 @@ def work(folder: Path, rounds: int, pause_s: float, die_at: str, die_round: int)
             with store.transaction():
                 if "ledger_head" in store:
                     ledger.require_head(store["ledger_head"], "run run-1")
-                reached("before reserve", number)
-                ledger.reserve(charge(number), limit=rounds * STEPS)
+                for place, charge in enumerate(due(number)):
+                    reached("half reserved" if place else "before reserve", number)
+                    ledger.reserve(charge, limit=rounds * STEPS)
                 reached("reserved", number)
                 store["ledger_head"] = ledger.head
                 time.sleep(pause_s)
                 reply = os.urandom(16)
                 reached("trained", number)
                 store[name] = reply
-                reached("masked", number)
-                ledger.release(charge(number))
+                for place, charge in enumerate(due(number)):
+                    reached("half released" if place else "masked", number)
+                    ledger.release(charge)
                 reached("released", number)
         reached("committed", number)
         with (folder / "wire").open("ab") as wire:

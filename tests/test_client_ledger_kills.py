@@ -7,17 +7,28 @@ import os
 import random
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 
 import pytest
-from ledger_killing import IDENTITY, STEPS, work
+from ledger_killing import IDENTITY, LAST, STEPS, due, work
 
 from client.ledger import Ledger
 
-PLACES = ("before reserve", "reserved", "trained", "masked", "released", "committed", "sent")
-ROUNDS = 3
+PLACES = (
+    "before reserve",
+    "half reserved",
+    "reserved",
+    "trained",
+    "masked",
+    "half released",
+    "released",
+    "committed",
+    "sent",
+)
+ROUNDS = LAST
+Use = tuple[int, str]
 
 
 @pytest.fixture(scope="module")
@@ -39,18 +50,23 @@ def sent(folder: Path) -> list[tuple[int, bytes]]:
     return [(int.from_bytes(data[i : i + 4], "little"), data[i + 4 : i + 20]) for i in whole]
 
 
-def charged(folder: Path) -> list[int]:
+def charged(folder: Path) -> list[Use]:
     if not (folder / "ledger.db").exists():
         return []
     with closing(Ledger(folder / "ledger.db", IDENTITY)) as ledger:
         ledger.verify()
-        return [c.round_no for c in ledger.charges()]
+        assert all(c in due(c.round_no) for c in ledger.charges())
+        return [(c.round_no, c.used_for) for c in ledger.charges()]
+
+
+def uses(rounds: Iterable[int]) -> set[Use]:
+    return {(number, charge.used_for) for number in rounds for charge in due(number)}
 
 
 def check(folder: Path) -> None:
-    rounds, wire = charged(folder), sent(folder)
-    assert len(set(rounds)) == len(rounds)  # no round twice
-    assert {number for number, _ in wire} <= set(rounds)  # nothing left that was not charged
+    paid, wire = charged(folder), sent(folder)
+    assert len(set(paid)) == len(paid)  # no round twice for the same use
+    assert uses(number for number, _ in wire) <= set(paid)  # nothing left that was not charged
     assert len(set(wire)) == len({number for number, _ in wire})  # one answer a round, repeated
 
 
@@ -60,9 +76,11 @@ def finish(server: multiprocessing.context.ForkServerContext, folder: Path) -> N
     process.join(60)
     assert process.exitcode == 0
     check(folder)
-    assert charged(folder) == list(range(1, ROUNDS + 1))
+    assert set(charged(folder)) == uses(range(1, ROUNDS + 1))
     with closing(Ledger(folder / "ledger.db", IDENTITY)) as ledger:
-        assert ledger.steps("run-1") == ROUNDS * STEPS
+        assert ledger.steps("run-1") == (ROUNDS - 1) * STEPS
+        assert ledger.steps("run-1", "evaluation") == ROUNDS - 1
+        assert ledger.steps("run-2", "statistics") == 1
 
 
 @pytest.mark.slow
@@ -75,7 +93,9 @@ def test_killed_at_each_point_and_started_again(
     process.join(60)
     assert process.exitcode == -9
     check(tmp_path)
-    assert (2 in charged(tmp_path)) is (place != "before reserve")
+    paid = charged(tmp_path)
+    assert ((2, "training") in paid) is (place != "before reserve")
+    assert ((2, "evaluation") in paid) is (place not in ("before reserve", "half reserved"))
     assert (2 in {n for n, _ in sent(tmp_path)}) is (place == "sent")
     finish(server, tmp_path)
 
