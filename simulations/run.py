@@ -114,7 +114,7 @@ def prepare(scenario: Scenario, options: RunOptions) -> PreparedRun:
         not (options.out / "results.json").exists(),
         f"{options.out} already holds a run. Give another folder with --out.",
     )
-    _fit_threads(scenario.plan)
+    fit_threads(scenario.plan)
     hospitals = load_hospitals(scenario.simulation, scenario.plan)
     costs_of(scenario.plan)
     require(
@@ -125,8 +125,8 @@ def prepare(scenario: Scenario, options: RunOptions) -> PreparedRun:
     return PreparedRun(scenario, hospitals, options)
 
 
-def _fit_threads(plan: StudyPlan) -> None:
-    """Small models are slower on several threads, ten times so where the machine is shared."""
+def fit_threads(plan: StudyPlan) -> None:
+    """One thread for a small model: several are slower, ten times so on a shared machine."""
     if parameter_spec(build_model(plan)).length < SMALL_MODEL:
         torch.set_num_threads(1)
 

@@ -35,7 +35,8 @@ from simulations.audits.accounting import Account, account, check_agreement
 from simulations.audits.books import check_receipts, receipts_of
 from simulations.audits.chain import replay
 from simulations.audits.outcome import models_before
-from simulations.audits.verify import Expected, Verified, verify
+from simulations.audits.verification import Expected, Verified
+from simulations.audits.verify import verify
 
 Made = tuple[Path, dict[str, Identity]]
 
@@ -183,6 +184,38 @@ def forged_results_hold(run: Path, forged: dict[str, Any]) -> bool:
     report.write_bytes(kept[1])
     write_manifest(run)
     return not bad
+
+
+# The coordinator's seal.
+
+
+def sealed(run: Path, seal: Identity | None, manifest: Identity | None) -> None:
+    """Sign a simulated run's record and list of files as a coordinator does."""
+    records = list(read_record_file(run / "evidence" / RECORD_FILE).records)
+    reseal(run, "server", records, seal)
+    write_manifest(run, manifest)
+
+
+def test_the_coordinators_seal_is_checked(run: Path, made: Made) -> None:
+    desk, stranger = Identity.generate(), Identity.generate()
+    expected = dataclasses.replace(expected_of(made), coordinator=desk.fingerprint)
+    # Nobody sealed a simulated run: to an auditor who expects a coordinator that is a violation.
+    assert set(broken(verify(run, expected))) == {"evidence/record.fwe", "coordinator"}
+    sealed(run, desk, desk)
+    assert {f.verdict for f in verify(run, expected).findings} == {"not refuted"}
+    unknown = verify(run, expected_of(made))
+    assert broken(unknown) == {}
+    said = next(f for f in unknown.findings if f.name == "coordinator")
+    assert said.verdict == "not testable"
+    assert desk.fingerprint in said.explanation
+    for seal, manifest, wrong in (
+        (stranger, desk, {"evidence/record.fwe"}),
+        (None, desk, {"evidence/record.fwe"}),
+        (desk, None, {"evidence/record.fwe", "coordinator"}),
+        (stranger, stranger, {"coordinator"}),
+    ):
+        sealed(run, seal, manifest)
+        assert set(broken(verify(run, expected))) == wrong
 
 
 # Records, forged one field at a time and sealed again.

@@ -1,4 +1,6 @@
-"""The same steps, accounted again: a finer PLD, and Opacus' PRV and RDP beside it.
+"""The same steps, accounted again: by the auditor alone, by a finer PLD, by Opacus' PRV and RDP.
+
+`epsilon` shares no code with the product; `account` holds the product's own number against others.
 
 Three accountants that agree do not prove a guarantee, but a wrong formula, rate or composition in
 one of them would show. PRV is the tightest independent one; RDP is always looser, by a known gap.
@@ -25,8 +27,20 @@ Kinds = Mapping[tuple[float, float], int]
 PRV_ERROR = 0.01
 AGREEMENT = 0.02  # PLD against PRV without its error
 RDP_GAP = (0.9999, 1.5)  # RDP over PLD: never below, and not far above where epsilon is not tiny
+GRID = 1e-3
 _FINE_GRID = 2.5e-4
 _TINY = 0.5
+
+
+@lru_cache(maxsize=256)
+def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
+    """Epsilon of Poisson-sampled Gaussian steps, add or remove one, by loss distributions."""
+    accountant = PLDAccountant(
+        NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=GRID
+    )
+    step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise))
+    accountant.compose(step, steps)
+    return float(accountant.get_epsilon(delta))
 
 
 @dataclass(frozen=True)

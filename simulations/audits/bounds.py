@@ -16,7 +16,7 @@ from dp_accounting.pld import privacy_loss_distribution as losses
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
-from simulations.audits.accountant import GRID, epsilon
+from simulations.audits.accounting import GRID, epsilon
 
 Scores = NDArray[np.float64]
 Bits = NDArray[np.bool_]

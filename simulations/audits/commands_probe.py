@@ -38,8 +38,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from simulations.audits.finding import AuditOptions, violated  # noqa: PLC0415
     from simulations.audits.shown import as_json, print_findings, summary  # noqa: PLC0415
     from simulations.audits.steps import Steps  # noqa: PLC0415
+    from simulations.run import fit_threads  # noqa: PLC0415
 
     target = target_of(arguments.target, arguments.data)
+    fit_threads(target.plan)
     steps = Steps(sys.stderr)
     options = AuditOptions(arguments.seed, arguments.quick, steps.say)
     findings = probe(arguments.family)(target, options)

@@ -98,7 +98,10 @@ def _report(arguments: argparse.Namespace) -> int:
     key_file = (arguments.key or Path(default_key())).expanduser()
     auditor = auditor_key(key_file)
     expected = read_expected(
-        arguments.plan, expected_fingerprints(arguments), arguments.plan_sha256
+        arguments.plan,
+        expected_fingerprints(arguments),
+        arguments.plan_sha256,
+        arguments.coordinator,
     )
     steps, started = Steps(sys.stderr), time.monotonic()
     verified = verify(arguments.run, expected, steps.within("evidence"))
@@ -125,12 +128,14 @@ def _attack(
 ) -> list[Finding]:
     from simulations.audits.families import probe, target_of  # noqa: PLC0415
     from simulations.audits.finding import AuditOptions  # noqa: PLC0415
+    from simulations.run import fit_threads  # noqa: PLC0415
 
     chosen = [name.replace("-", "_") for name in arguments.only or families()]
     findings: list[Finding] = []
     target = target_of(str(arguments.run))
     if target.plan.privacy.mode == "none":
         return findings
+    fit_threads(target.plan)
     for place, name in enumerate(chosen):
         started = time.monotonic()
 

@@ -55,6 +55,9 @@ def add_expected(command: argparse.ArgumentParser) -> None:
         metavar="SITE=FINGERPRINT",
         help="a site's fingerprint, as it was read over the telephone; may be repeated",
     )
+    known.add_argument(
+        "--coordinator", default="", metavar="FINGERPRINT", help="the coordinator's, likewise"
+    )
 
 
 def expected_fingerprints(arguments: argparse.Namespace) -> dict[str, str]:
@@ -84,7 +87,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     from simulations.audits.verify import read_expected, verify  # noqa: PLC0415  # torch: seconds
 
     known = expected_fingerprints(arguments)
-    expected = read_expected(arguments.plan, known, arguments.plan_sha256)
+    expected = read_expected(arguments.plan, known, arguments.plan_sha256, arguments.coordinator)
     steps = Steps(sys.stderr)
     found = verify(arguments.path, expected, steps.say)
     steps.finish()

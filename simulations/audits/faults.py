@@ -1,6 +1,7 @@
 """Seeded faults: the product's own code path, broken on purpose, one way at a time.
 
-    python -m simulations.audits.faults [--unseen | --second] [--epsilon 8] [--mode local]
+    python -m simulations.audits.faults [--unseen | --second | --counts] [--epsilon 8]
+        [--mode local distributed statistics]
     python -m simulations.audits.faults --clean N
 
 Each fault is patched into the running process and taken out again. `implementation` is run on the
@@ -18,23 +19,36 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shared.plan import StudyPlan
+from simulations.audits.faults_counts import COUNTED
 from simulations.audits.faults_kit import LISTED, Fault, seeded
 from simulations.audits.faults_second import SECOND
 from simulations.audits.faults_unseen import UNSEEN
 from simulations.audits.finding import AuditOptions, AuditTarget
 from simulations.audits.implementation import run
 from simulations.audits.site_probe import changed
+from simulations.run import fit_threads
 from simulations.scenario import load_scenario
 
-FAULTS = LISTED + UNSEEN + SECOND
+FAULTS = LISTED + UNSEEN + SECOND + COUNTED
 
 
-def small_plan(mode: str, epsilon: float) -> StudyPlan:
-    """The study that the faults are seeded into: the default one, in a privacy mode."""
+def small_plan(mode: str, epsilon: float, *, counts: bool = False) -> StudyPlan:
+    """The study that the faults are seeded into: the default one, in a privacy mode.
+
+    Args:
+        mode: local, distributed, or "statistics" for the bundled study that counts alone.
+        epsilon: Of training; of the counts where nothing is trained.
+        counts: Release noised counts of the test patients, too, for epsilon 2.
+    """
+    if mode == "statistics":
+        return load_scenario("statistics", [f"privacy.epsilon={epsilon}"]).plan
     scenario = load_scenario(
         "breast_cancer", [f"privacy.mode={mode}", f"privacy.epsilon={epsilon}"]
     )
-    return changed(scenario.plan, evaluation={"release": "none"})
+    evaluation = (
+        {"release": "noised", "epsilon": 2.0, "bins": 16} if counts else {"release": "none"}
+    )
+    return changed(scenario.plan, evaluation=evaluation)
 
 
 @dataclass(frozen=True)
@@ -51,7 +65,8 @@ class Trial:
 
 def attempt(fault: Fault | None, mode: str, epsilon: float, seed: int, quick: bool) -> Trial:
     """Audit the product with a fault, or as it is."""
-    target = AuditTarget(small_plan(mode, epsilon))
+    target = AuditTarget(small_plan(mode, epsilon, counts=fault is None or fault in COUNTED))
+    fit_threads(target.plan)
     began = time.process_time()
     with seeded(fault, mode) if fault else contextlib.nullcontext():
         findings = run(target, AuditOptions(seed=seed, quick=quick))
@@ -67,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--mode", nargs="*", default=["local", "distributed"])
     options.add_argument("--unseen", action="store_true", help="those invented after the freeze")
     options.add_argument("--second", action="store_true", help="those of the second set")
+    options.add_argument("--counts", action="store_true", help="those of released counts")
     options.add_argument("--only", nargs="*", default=[], help="faults whose names hold this")
     options.add_argument("--clean", type=int, default=0, metavar="N", help="runs without a fault")
     options.add_argument("--seed", type=int, default=1)
@@ -76,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     faults = [
         f
         for f in (
-            UNSEEN if chosen.unseen else SECOND if chosen.second
+            UNSEEN if chosen.unseen else SECOND if chosen.second else COUNTED if chosen.counts
             else FAULTS if chosen.only else LISTED
         )
         if not chosen.only or any(o in f.name for o in chosen.only)

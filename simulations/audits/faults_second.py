@@ -71,6 +71,8 @@ def _later_physical_batches_unclipped(patches: Patches, mode: str) -> None:
 
 
 def _half_precision(right: Noise, draw: Draw) -> Noise:
+    if not draw.deviation:
+        return right
     small = (right / draw.deviation).astype(np.float16)
     return small.astype(np.float64) * draw.deviation
 

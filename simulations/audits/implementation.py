@@ -21,10 +21,13 @@ import numpy as np
 from scipy import stats
 
 from client.guard import check_sensitivity
+from shared.config import require
 from shared.errors import FedwardError, PolicyError, SensitivityError
 from shared.plan import StudyPlan
-from simulations.audits.accountant import epsilon
+from simulations.audits.accounting import epsilon
 from simulations.audits.canaries import distinct_canaries, live_start
+from simulations.audits.count_probes import count_checks
+from simulations.audits.edge_probes import edge_checks, granularity_check
 from simulations.audits.finding import AuditOptions, AuditTarget, Finding, Verdict, artefact
 from simulations.audits.measure import Check, Floats, smallest, two_sided
 from simulations.audits.noise_probes import noise_checks
@@ -75,7 +78,10 @@ def run(target: AuditTarget, options: AuditOptions) -> list[Finding]:
     Raises:
         ConfigError: the plan promises no privacy.
     """
-    plan = plain(target.plan)
+    plan = plain(target.plan) if target.plan.learns else target.plan
+    require(
+        plan.privacy.mode != "none", "mode 'none' promises no privacy: there is nothing to audit"
+    )
     with system_randomness(options.seed):
         first = _stage(plan, options, 0)
         far = options.alpha / (2 * len(first.checks))
@@ -117,8 +123,7 @@ def _stage(plan: StudyPlan, options: AuditOptions, number: int) -> _Stage:
     seed = [] if options.seed is None else [options.seed, number]
     rng = np.random.default_rng(seed or None)
     effort = Effort(30, 15, 30, 8) if options.quick else Effort()
-    setting = setting_of(plan, rng, effort)
-    parts = _parts(setting)
+    parts = _parts(plan, rng, effort)
     done, whole = 0.0, float(sum(weight for _, weight, _ in parts))
     checks: list[Check] = []
     digests: list[bytes] = []
@@ -135,18 +140,25 @@ def _stage(plan: StudyPlan, options: AuditOptions, number: int) -> _Stage:
 Part = Callable[[], tuple[list[Check], str]]
 
 
-def _parts(setting: Setting) -> list[tuple[str, float, Part]]:
-    plan = setting.plan
+def _parts(
+    plan: StudyPlan, rng: np.random.Generator, effort: Effort
+) -> list[tuple[str, float, Part]]:
+    if not plan.learns:
+        return [("counts", 1.0, lambda: count_checks(plan, None, rng, effort))]
+    setting = setting_of(plan, rng, effort)
     parts: list[tuple[str, float, Part]] = [
         ("guard", 1.0, lambda: (_guard(plan), "")),
         ("accounting", 1.0, lambda: (_limits(setting), "")),
         ("noise", 4.0, lambda: _noise(setting)),
         ("draws", 3.0, lambda: _draws(setting)),
+        ("edges", 2.0, lambda: (edge_checks(setting), "")),
     ]
     if setting.rate != DENSE:
         parts.append(("crowd", 3.0, lambda: _crowd(setting)))
     if plan.training.local_steps > 1:
         parts.append(("several steps", 2.0, lambda: _several(setting)))
+    if plan.evaluation.release == "noised":
+        parts.append(("counts", 2.0, lambda: count_checks(plan, setting, rng, effort)))
     return parts
 
 
@@ -235,9 +247,10 @@ def _ends(probe: ProbedSite) -> list[Check]:
 
 
 def _noise(setting: Setting) -> tuple[list[Check], str]:
-    seen = noise_run(setting, _nothing)
+    seen = noise_run(setting)
     checks = noise_checks(seen.alone) + noise_checks(seen.live, "live-noise", seen.lively)
     checks += _amounts(seen, setting.rate) + _charges(seen, setting)
+    checks.append(granularity_check(seen.raw, seen.deviation, seen.grid))
     return checks, artefact(seen.alone.values, seen.live.values, seen.amounts)
 
 
@@ -317,12 +330,12 @@ def _charges(seen: NoiseRun, setting: Setting) -> list[Check]:
 
 
 def _draws(setting: Setting) -> tuple[list[Check], str]:
-    seen = draw_run(setting, setting.rate, _nothing)
+    seen = draw_run(setting, setting.rate)
     return _draw_checks(seen, ""), artefact(seen.decoded.parts)
 
 
 def _crowd(setting: Setting) -> tuple[list[Check], str]:
-    seen = draw_run(setting, DENSE, _nothing)
+    seen = draw_run(setting, DENSE)
     return _draw_checks(seen, "crowd-"), artefact(seen.decoded.parts)
 
 
@@ -333,7 +346,7 @@ def _draw_checks(seen: DrawRun, prefix: str) -> list[Check]:
 
 
 def _several(setting: Setting) -> tuple[list[Check], str]:
-    noise, charged = several_run(setting, _nothing)
+    noise, charged = several_run(setting)
     wanted = ("several-noise-scale", "several-noise-scale-tensors", "several-noise-shape",
               "several-noise-steps-independent", "several-noise-scale-steps",
               "several-noise-coordinates-independent", "several-noise-mean")  # fmt: skip
@@ -347,7 +360,7 @@ def _several(setting: Setting) -> tuple[list[Check], str]:
             1.0 if short <= 0 else 0.0, float(short), 0.0,
         )
     )  # fmt: skip
-    parts = several_draws(setting, _nothing)
+    parts = several_draws(setting)
     checks.append(_several_draws(parts, setting))
     return checks, artefact(noise.values, parts)
 
@@ -374,10 +387,6 @@ def _several_draws(parts: Floats, setting: Setting) -> Check:
         float(counts.mean() / (steps * rate)), 1.0,
         note=f"Largest distance of a count from a whole number: {odd:.3f}.",
     )  # fmt: skip
-
-
-def _nothing() -> None:
-    return None
 
 
 def describe(findings: Sequence[Finding]) -> list[str]:

@@ -10,7 +10,7 @@ rounds    the plan's own local steps, with noise alone, and with the noise turne
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from client.data.dataset import PatientDataset
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import noise_multiplier_of
-from simulations.audits.accountant import epsilon, response, site_noise
+from simulations.audits.accounting import epsilon
 from simulations.audits.canaries import (
     Canaries,
     distinct_canaries,
@@ -31,6 +31,7 @@ from simulations.audits.canaries import (
     saturated_start,
     tensor_of,
 )
+from simulations.audits.expected_release import response, site_noise
 from simulations.audits.measure import Floats
 from simulations.audits.noise_probes import Residuals
 from simulations.audits.sampling_probes import Decoded, decode
@@ -93,7 +94,9 @@ class Setting:
             },
             privacy={"noise_multiplier": self.told, "epsilon": 1.01 * cost + 0.1},
             secure_sum=self._ring(),
-            evaluation={"release": "none"},
+            evaluation={
+                "release": "none", "epsilon": None, "delta": None, "noise_multiplier": None,
+            },
         )  # fmt: skip
 
     def _ring(self) -> dict[str, object]:
@@ -139,6 +142,9 @@ class NoiseRun:
         charged: (steps charged on disk, steps taken) at each release.
         receipts: (epsilon, steps) of each run's receipt, and the steps that it took.
         spent: Epsilon that the site's books hold against its patients at the end, and the steps.
+        raw: As `alone`, as it left: in units of the clip norm.
+        deviation: Standard deviation of the accounted noise, in that unit.
+        grid: Distance of neighbouring values that can leave, in that unit.
     """
 
     alone: Residuals
@@ -150,6 +156,9 @@ class NoiseRun:
     charged: NDArray[np.int64]
     receipts: list[tuple[float, int, int]]
     spent: list[tuple[float, int]]
+    raw: Floats
+    deviation: float
+    grid: float
 
 
 @dataclass
@@ -162,12 +171,8 @@ class _Rows:
         self.labels.append(label)
 
 
-def _processes(
-    folders: dict[str, Path],
-    plan: StudyPlan,
-    start: FlatVector,
-    quiet: float | None,
-    tick: Callable[[], None],
+def processes(
+    folders: dict[str, Path], plan: StudyPlan, start: FlatVector, quiet: float | None
 ) -> Iterator[tuple[ProbedSite, int, int, int]]:
     """Every process of every run of every audited site; a process ends, the next goes on."""
     for number, name in enumerate(plan.cohort.names[:AUDITED]):
@@ -176,12 +181,11 @@ def _processes(
             for process in range(PROCESSES):
                 if process:
                     probe.restart()
-                tick()
                 yield probe, number, run, process
             probe.close()
 
 
-def noise_run(setting: Setting, tick: Callable[[], None]) -> NoiseRun:
+def noise_run(setting: Setting) -> NoiseRun:
     """Two sites, two runs, each restarted once, with the accounted noise."""
     plan, effort, rng = setting.step_plan, setting.effort, setting.rng
     live = live_start(plan)
@@ -196,7 +200,7 @@ def noise_run(setting: Setting, tick: Callable[[], None]) -> NoiseRun:
     with tempfile.TemporaryDirectory(prefix="fedward-audit-") as work:
         folders = write_probed_sites(Path(work), plan, data, runs=RUNS)
         taken = 0
-        for probe, site, run, process in _processes(folders, plan, still, None, tick):
+        for probe, site, run, process in processes(folders, plan, still, None):
             taken = 0 if not process else taken
             for start, rows, rounds in ((still, alone, effort.noise), (live, lively, effort.live)):
                 probe.set_start(start)
@@ -211,7 +215,7 @@ def noise_run(setting: Setting, tick: Callable[[], None]) -> NoiseRun:
                 if run == RUNS - 1:
                     spent.append((_spent(probe, data), RUNS * taken))
         share = probe.run.layout.share
-        spec = probe.run.spec
+        spec, grid = probe.run.spec, probe.grid
     deviation = site_noise(plan, setting.told, len(live), share.scale if share else None)
     keep = kept_coordinates(tensor_of(spec), rng)
     frame = (tensor_of(spec), spec.names)
@@ -224,6 +228,7 @@ def noise_run(setting: Setting, tick: Callable[[], None]) -> NoiseRun:
     return NoiseRun(
         noise, rotated, by_coordinate, decoded.parts, decoded.deviations,
         np.bincount(kind), np.array(charged), receipts, spent,
+        np.stack(alone.values)[:, keep], deviation, grid,
     )  # fmt: skip
 
 
@@ -292,15 +297,15 @@ class DrawRun:
     rate: float
 
 
-def draw_run(setting: Setting, rate: float, tick: Callable[[], None]) -> DrawRun:
-    """Few patients who can be told apart, with the noise turned down."""
+def draw_run(setting: Setting, rate: float, most: int = MOST_PATIENTS) -> DrawRun:
+    """At most so many patients who can be told apart, with the noise turned down."""
     plan = setting.lengthened(1, rate)
-    canaries = distinct_canaries(plan, live_start(plan), MOST_PATIENTS, setting.rng)
+    canaries = distinct_canaries(plan, live_start(plan), most, setting.rng)
     rows = _Rows()
     with tempfile.TemporaryDirectory(prefix="fedward-audit-") as work:
         folders = write_probed_sites(Path(work), plan, canaries.data, runs=RUNS)
         start = live_start(plan)
-        for probe, site, run, process in _processes(folders, plan, start, QUIET, tick):
+        for probe, site, run, process in processes(folders, plan, start, QUIET):
             for time in range(setting.effort.draws):
                 seen = probe.release()
                 rows.add(seen.sums, (site, run, process, time))
@@ -309,7 +314,7 @@ def draw_run(setting: Setting, rate: float, tick: Callable[[], None]) -> DrawRun
     return DrawRun(canaries, decoded, rate)
 
 
-def several_run(setting: Setting, tick: Callable[[], None]) -> tuple[Residuals, NDArray[np.int64]]:
+def several_run(setting: Setting) -> tuple[Residuals, NDArray[np.int64]]:
     """Rounds of the plan's own local steps, with noise alone; and (charged, taken) steps."""
     plan, steps = setting.several_plan, setting.plan.training.local_steps
     live = live_start(plan)
@@ -325,7 +330,6 @@ def several_run(setting: Setting, tick: Callable[[], None]) -> tuple[Residuals, 
             seen = probe.release()
             charged.append((seen.charged, (time + 1) * steps))
             rows.add(seen.sums, (0, 0, 0, time))
-            tick()
         spec = probe.run.spec
         probe.close()
     keep = kept_coordinates(tensor_of(spec), setting.rng)
@@ -335,7 +339,7 @@ def several_run(setting: Setting, tick: Callable[[], None]) -> tuple[Residuals, 
     return _residuals(values, rows.labels, frame, keep, deviation), np.array(charged)
 
 
-def several_draws(setting: Setting, tick: Callable[[], None]) -> Floats:
+def several_draws(setting: Setting) -> Floats:
     """How often each patient is in a round of several steps, where the model hardly moves."""
     plan = setting.several_plan
     slow = SLOW * plan.training.learning_rate
@@ -354,7 +358,6 @@ def several_draws(setting: Setting, tick: Callable[[], None]) -> Floats:
         probe = ProbedSite(folders[plan.cohort.names[0]], plan, "audit-slow", start, QUIET)
         for time in range(2 * setting.effort.several):
             rows.add(probe.release().sums, (0, 0, 0, time))
-            tick()
         probe.close()
     noise = QUIET * np.sqrt(plan.training.local_steps)
     return decode(np.stack(rows.values), canaries, noise, np.array(rows.labels)).parts

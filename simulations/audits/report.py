@@ -25,7 +25,7 @@ from shared.privacy import GRID, noise_multiplier_of, steps_of
 from shared.statement import statement
 from simulations.audits.accounting import account
 from simulations.audits.finding import Finding
-from simulations.audits.verify import Verified
+from simulations.audits.verification import Verified
 
 SCHEMA = "fedward-audit/1"
 AUDIT_FILE = "audit.json"

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import client.run
+from client.config import SiteFolder
 from client.consent import Books, People
 from client.data.dataset import PatientDataset
 from client.policy import FILE_NAME
@@ -35,13 +36,14 @@ from shared.messages import decode, encode
 from shared.optimizers import ModelState
 from shared.parameters import FlatVector
 from shared.plan import AugmentPlan, StudyPlan
+from shared.privacy import Use, count_use
 from shared.secagg.masking import Source
 from shared.secagg.messages import Opening
 from shared.secagg.ring import RingVector
 from shared.study import Join, state_to_bytes
-from simulations.audits.accountant import response
+from simulations.audits.expected_release import response
 from simulations.hospitals import Hospital
-from simulations.sites import write_sites
+from simulations.sites import approve, write_sites
 
 Vectors = NDArray[np.float32]
 AUDITED = 2
@@ -156,10 +158,15 @@ class Release:
     Attributes:
         sums: Noised sum of clipped gradients in units of the clip norm, float32 (d,).
         charged: Steps that were charged to the run on disk when the vector was handed over.
+        counts: Noised counts, in patients, float64 (cells,); noise alone, or zeros, where none
+            are due.
+        counted: As `charged`, releases of counts.
     """
 
     sums: Vectors
     charged: int
+    counts: NDArray[np.float64]
+    counted: int
 
 
 class ProbedSite:
@@ -194,6 +201,9 @@ class ProbedSite:
             clip = self.plan.privacy.promise[2]
             deviation = max(0.5, noise * clip * share.scale)
             self.run.layout.__dict__["share"] = replace(share, deviation=deviation)
+        counts = self.run.layout.count_noise
+        if counts is not None:
+            self.run.layout.__dict__["count_noise"] = replace(counts, deviation=0.5)
 
     def set_start(self, start: FlatVector) -> None:
         """Train from these parameters from now on."""
@@ -220,10 +230,10 @@ class ProbedSite:
         Raises:
             PolicyError: the site refuses.
         """
-        self._charged = -1
+        self._charged = self._counted = -1
         if round_no is None:
+            self._put(replace(self.run.state, round_no=self.finished))
             self._round += 1
-            self._put(replace(self.run.state, round_no=self._round - 1))
         descriptor = (round_no or self._round).to_bytes(4, "big") + salt
         opening = encode(Opening(descriptor=descriptor, refill=b"", recheck=b""))
         with self.run.transaction():
@@ -231,7 +241,13 @@ class ProbedSite:
         taken = self._recorder.taken
         if taken is None:
             raise RuntimeError("the site masked nothing")
-        return Release(self._sums(taken), self._charged)
+        counts = self.run.layout.counts_of(taken)
+        return Release(self._sums(taken), self._charged, counts, self._counted)
+
+    @property
+    def finished(self) -> int:
+        """Rounds of training that lie before the next release."""
+        return self._round if self.plan.learns else 0
 
     def _sums(self, vector: RingVector) -> Vectors:
         """The released vector as everyone reads it, in units of the clip norm.
@@ -239,6 +255,8 @@ class ProbedSite:
         What weight decay alone does to the start is taken off.
         """
         plan = self.plan
+        if not plan.learns:
+            return np.zeros(0, dtype=np.float32)
         update = self.run.layout.update_of(vector, (self.name,)).astype(np.float64)
         update -= response(plan).drift * self._start
         rate = plan.training.sample_rate or 1.0
@@ -246,23 +264,34 @@ class ProbedSite:
         unit = -divisor / (plan.training.learning_rate * plan.privacy.promise[2])
         return (update * unit).astype(np.float32)
 
+    @property
+    def grid(self) -> float:
+        """Distance of neighbouring values that can leave, in units of the clip norm."""
+        zero = np.zeros(self.run.layout.length, dtype=np.uint32)
+        one = zero.copy()
+        one[0] = 1
+        return abs(float(self._sums(one)[0]) - float(self._sums(zero)[0]))
+
     def _look(self) -> None:
         """Read from disk what is charged at the moment when the vector is handed over."""
         if self._quiet is None:
-            self._charged = charged_steps(self.folder / "ledger.db", self.run_id)
+            ledger, use = self.folder / "ledger.db", count_use(self.plan)
+            self._charged = charged_steps(ledger, self.run_id)
+            self._counted = charged_steps(ledger, self.run_id, use)
 
     def close(self) -> None:
         """Release the files."""
         self.site.books.close()
 
 
-def charged_steps(ledger: Path, run_id: str) -> int:
-    """Steps charged to a run, read from the ledger's file as an outsider would."""
+def charged_steps(ledger: Path, run_id: str, use: Use = "training") -> int:
+    """Steps charged to a run for one use, read from the ledger's file as an outsider would."""
     with contextlib.closing(sqlite3.connect(f"file:{ledger}?mode=ro", uri=True)) as file:
         row = file.execute(
             "SELECT SUM(json_extract(body, '$.steps')) FROM event WHERE"
-            " json_extract(body, '$.kind') = 'charge' AND json_extract(body, '$.run') = ?",
-            (run_id,),
+            " json_extract(body, '$.kind') = 'charge' AND json_extract(body, '$.run') = ?"
+            " AND json_extract(body, '$.used_for') = ?",
+            (run_id, use),
         ).fetchone()
     return int(row[0] or 0)
 
@@ -274,6 +303,7 @@ def write_probed_sites(
     *,
     runs: int = 1,
     first: PatientDataset | None = None,
+    tested: PatientDataset | None = None,
     at_once: int = AT_ONCE,
 ) -> dict[str, Path]:
     """Folders of all sites of the plan, with the same patients, approved for `runs` runs.
@@ -284,12 +314,14 @@ def write_probed_sites(
         base: Holds the folders.
         plan: What they approve.
         data: Each site's patients; `first` are those of the first site by name, if others.
+        tested: Each site's test patients, if others than `data`.
         runs: Approvals.
         at_once: Records that a site holds at once.
     """
     trained = dict.fromkeys(plan.cohort.names, data)
     trained[plan.cohort.names[0]] = data if first is None else first
-    hospitals = [Hospital(site.name, trained[site.name], data) for site in plan.cohort.sites]
+    test = data if tested is None else tested
+    hospitals = [Hospital(site.name, trained[site.name], test) for site in plan.cohort.sites]
     write_sites(base, plan, hospitals, seed=None, device="cpu")
     folders = {name: base / name for name in plan.cohort.names}
     for folder in folders.values():
@@ -297,21 +329,19 @@ def write_probed_sites(
         own = f"max_physical_records = {at_once}\n{settings}"
         (folder / "site.toml").write_text(own, encoding="utf-8")
     for name in plan.cohort.names[:AUDITED] if runs > 1 else ():
-        _approve_more(folders[name], plan, trained[name], runs - 1)
+        _approve_more(folders[name], plan, runs - 1)
     return folders
 
 
-def _approve_more(folder: Path, plan: StudyPlan, data: PatientDataset, runs: int) -> None:
+def _approve_more(folder: Path, plan: StudyPlan, runs: int) -> None:
     """The officer allows further runs of the same plan, whatever they cost."""
     policy = folder / FILE_NAME
     text = policy.read_text(encoding="utf-8")
     free = re.sub(r"(?m)^(max_epsilon\w*) = .*$", rf"\1 = {BOTTOMLESS}", text)
     policy.write_text(free, encoding="utf-8")
     policy.chmod(0o600)
-    site = Site(folder)
     for _ in range(runs):
-        site.books.approve(plan, people_of(site, plan, data))
-    site.books.close()
+        approve(SiteFolder(folder), plan)
 
 
 def people_of(site: Site, plan: StudyPlan, data: PatientDataset) -> People:

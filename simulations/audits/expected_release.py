@@ -1,4 +1,4 @@
-"""The auditor's own accounting, by a path that shares no code with the product's."""
+"""What a site's release must look like by the plan alone, computed apart from the product."""
 
 from __future__ import annotations
 
@@ -6,23 +6,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 
-from dp_accounting import NeighboringRelation, dp_event
-from dp_accounting.pld import PLDAccountant
-
 from shared.plan import StudyPlan
-
-GRID = 1e-3
-
-
-@lru_cache(maxsize=256)
-def epsilon(noise: float, rate: float, steps: int, delta: float) -> float:
-    """Epsilon of Poisson-sampled Gaussian steps, add or remove one, by loss distributions."""
-    accountant = PLDAccountant(
-        NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=GRID
-    )
-    step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(noise))
-    accountant.compose(step, steps)
-    return float(accountant.get_epsilon(delta))
 
 
 @dataclass(frozen=True)
