@@ -228,7 +228,7 @@ def noise_run(setting: Setting) -> NoiseRun:
     return NoiseRun(
         noise, rotated, by_coordinate, decoded.parts, decoded.deviations,
         np.bincount(kind), np.array(charged), receipts, spent,
-        np.stack(alone.values)[:, keep], deviation, grid,
+        np.stack(alone.values)[:, keep].astype(np.float64), deviation, grid,
     )  # fmt: skip
 
 
