@@ -50,10 +50,11 @@ def wait_for(
 
 
 def breast_cancer(rounds: int, timeout_s: float = 90.0, **training: Any) -> Scenario:
-    """The default scenario, of four sites, with few rounds."""
+    """The default scenario of four sites, with few rounds, and counts as real sites give them."""
     scenario = load_scenario("breast_cancer")
     changed = replace(scenario.plan.training, rounds=rounds, round_timeout_s=timeout_s, **training)
-    return replace(scenario, plan=replace(scenario.plan, training=changed))
+    noised = replace(scenario.plan.evaluation, release="noised", bins=16, epsilon=1.0)
+    return replace(scenario, plan=replace(scenario.plan, training=changed, evaluation=noised))
 
 
 @dataclass
@@ -301,8 +302,21 @@ def _raise_cap(policy: Path) -> None:
 
 @contextmanager
 def deployed(base: Path, scenario: Scenario, *, behind: int | None = None) -> Iterator[Deployment]:
-    """A deployment whose processes all end with the block."""
-    deployment = build(base, scenario, behind=behind)
+    """A new deployment whose processes all end with the block."""
+    with _ending(build(base, scenario, behind=behind)) as deployment:
+        yield deployment
+
+
+@contextmanager
+def reopened(base: Path, scenario: Scenario) -> Iterator[Deployment]:
+    """One that `build` has made before, of the same scenario."""
+    hospitals = load_hospitals(scenario.simulation, scenario.plan)
+    with _ending(Deployment(base, scenario, hospitals, Project(base / "project"))) as deployment:
+        yield deployment
+
+
+@contextmanager
+def _ending(deployment: Deployment) -> Iterator[Deployment]:
     try:
         yield deployment
     except BaseException:

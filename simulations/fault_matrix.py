@@ -30,6 +30,7 @@ from typing import Any
 
 from client.config import SiteFolder
 from client.ledger import Charge
+from shared.counts import due_counts
 from shared.errors import FedwardError
 from shared.supervise import free_port, write_json
 from simulations.deployment import (
@@ -94,7 +95,7 @@ def _check_ledgers(live: Deployment, rounds: Sequence[dict[str, Any]]) -> None:
         mine = [r for r in rounds if name in r["contributors"]]
         for use, due in (
             ("training", {r["round"] for r in mine if r["trained"]}),
-            ("evaluation", {r["round"] for r in mine if not r["trained"]}),
+            ("evaluation", {r["round"] for r in mine if due_counts(live.plan, r["model_round"])}),
         ):
             paid = {c.round_no for c in charges if c.used_for == use}
             if not due <= paid:

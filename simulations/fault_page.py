@@ -1,4 +1,4 @@
-"""Writes the fault matrix into SECURITY.md, between two marks."""
+"""Writes the fault matrix and the long studies into SECURITY.md, each between two marks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from simulations.fault_list import FAULTS
 
 PAGE = Path(__file__).resolve().parent.parent / "SECURITY.md"
 BEGIN, END = "<!-- fault matrix: begin, generated -->", "<!-- fault matrix: end -->"
+SOAK_BEGIN, SOAK_END = "<!-- soak: begin, generated -->", "<!-- soak: end -->"
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -25,12 +26,31 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def soak_table(results: Mapping[str, Any]) -> str:
+    """The long studies as a Markdown table, one row a study."""
+    lines = ["| study | checked | held | what becomes of it |", "|---|---|---|---|"]
+    for row in results.values():
+        held = "yes" if row["held"] else "**no**"
+        found = f"{_cell(row['found'])}; seed {row['seed']}, {row['seconds'] / 60:.0f} min"
+        lines.append(f"| {row['what']} | {row['date']} | {held} | {found} |")
+    return "\n".join(lines)
+
+
 def write_page(results: Mapping[str, Any], page: Path = PAGE) -> None:
-    """Put the table where the page's marks are."""
-    text = page.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    page.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{after}", encoding="utf-8")
+    """Put the matrix where the page's marks are."""
+    _put(table(results), BEGIN, END, page)
+
+
+def write_soak(results: Mapping[str, Any], page: Path = PAGE) -> None:
+    """Put the long studies where the page's marks are."""
+    _put(soak_table(results), SOAK_BEGIN, SOAK_END, page)
+
+
+def _put(text: str, begin: str, end: str, page: Path) -> None:
+    whole = page.read_text(encoding="utf-8")
+    before, rest = whole.split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{after}", encoding="utf-8")
 
 
 def _cell(text: str) -> str:

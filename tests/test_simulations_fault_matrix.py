@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import httpx
 import pytest
@@ -18,8 +18,10 @@ from client.config import SiteFolder
 from client.ledger import Charge
 from server.authority import create_authority
 from shared.errors import FedwardError
+from shared.privacy import Use
 from shared.supervise import free_port
 from simulations import fault_page
+from simulations.deployment import breast_cancer
 from simulations.fault_list import FAULTS
 from simulations.fault_matrix import check, read_results
 from simulations.fault_page import BEGIN, END, PAGE, table, write_page
@@ -37,15 +39,20 @@ def line(number: int, *contributors: str, aborted: str = "") -> dict[str, Any]:
     """A line of rounds.jsonl."""
     return {
         "round": number,
+        "model_round": number - 1,
         "trained": True,
         "contributors": list(contributors),
         "aborted": aborted,
     }
 
 
-def charge(number: int) -> Charge:
-    """A charge of one round."""
-    return Charge("run", "p", number, "d", 1.0, 1.0, 0.5, 1, "pop")
+def charges(*numbers: int) -> tuple[Charge, ...]:
+    """What these rounds cost a site, each once for training and once for counts."""
+    return tuple(
+        Charge("run", "p", number, "d", 1.0, 1.0, 0.5, 1, "pop", use)
+        for number in numbers
+        for use in get_args(Use)[:2]
+    )
 
 
 class Books:
@@ -63,7 +70,8 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     """A study of two rounds that ended well, of which tests then change something."""
     live: Any = SimpleNamespace(
         names=NAMES,
-        charges={name: (charge(1), charge(2)) for name in NAMES},
+        plan=breast_cancer(2).plan,
+        charges={name: charges(1, 2) for name in NAMES},
         lines=[line(1, *NAMES), line(2, "city", "university")],
         state={"state": "finished", "sha256": "aa"},
         site=lambda name: name,
@@ -102,15 +110,15 @@ def _failed(live: Any) -> None:
 
 
 def _charged_twice(live: Any) -> None:
-    live.charges["city"] = (charge(1), charge(1), charge(2))
+    live.charges["city"] = charges(1, 1, 2)
 
 
 def _charged_too_little(live: Any) -> None:
-    live.charges["city"] = (charge(1),)
+    live.charges["city"] = charges(1)
 
 
 def _counted_for_nothing(live: Any) -> None:
-    live.lines[0] |= {"trained": False}
+    live.charges["city"] = tuple(c for c in charges(1, 2) if c.used_for == "training")
 
 
 @pytest.mark.parametrize(
@@ -120,7 +128,7 @@ def _counted_for_nothing(live: Any) -> None:
         (_failed, "the study is failed"),
         (_charged_twice, "charged a round twice"),
         (_charged_too_little, r"rounds \[2\] without a charge"),
-        (_counted_for_nothing, r"rounds \[1\] without a charge"),
+        (_counted_for_nothing, "without a charge"),
     ],
 )
 def test_a_study_that_ended_badly_does_not_hold(
