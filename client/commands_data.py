@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from client.commands_study import open_books
-from client.config import SiteFolder
 from client.data.columns import read_header
 from client.prepare import prepare, suggest
 from shared import plan as plans
@@ -66,10 +65,10 @@ def _map(arguments: argparse.Namespace) -> int:
 
 
 def _prepare(arguments: argparse.Namespace) -> int:
-    folder, plan = SiteFolder(arguments.site), plans.load(arguments.plan)
-    config = folder.config()
-    for line in prepare(folder, config, plan).lines():
-        print(line)
+    plan = plans.load(arguments.plan)
+    with open_books(arguments) as (folder, config, books):
+        for line in prepare(folder, config, plan, books.key).lines():
+            print(line)
     print(f"\nWritten to {folder.data_file(config, plan, 'train').parent}; it stays here.")
     return 0
 

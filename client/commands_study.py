@@ -69,7 +69,7 @@ def _approve(arguments: argparse.Namespace) -> int:
     with open_books(arguments) as (folder, config, books):
         # The policy speaks before the data are opened; of these only identifiers are read.
         books.allow(plan)
-        prepared = ensure_prepared(folder, config, plan)
+        prepared = ensure_prepared(folder, config, plan, books.key)
         if prepared is not None:
             print("\n".join([*prepared.lines(), ""]))
         people = people_of(folder, config, books, plan)

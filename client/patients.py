@@ -106,6 +106,15 @@ class PatientKey:
         """The keyed hash of each patient, in the order given: uint64."""
         return self._hashes(b"patient " + _normal(name).encode() for name in patient_ids)
 
+    def shares(self, patient_ids: Iterable[str], seed: int = 0) -> NDArray[np.float64]:
+        """A number in [0, 1) for each patient, in the order given, uniform over keys.
+
+        It depends on the patient alone, not on who else is there. It says nothing about the
+        ledger's hashes, nor about the numbers of another seed.
+        """
+        names = (_normal(name) for name in patient_ids)
+        return self._hashes(f"share {seed} {name}".encode() for name in names) / 2.0**64
+
     def whole(self, dataset: str) -> Population:
         """A dataset as if it were a single patient: where rows carry no identifier.
 

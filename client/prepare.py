@@ -13,8 +13,9 @@ from client.data.dataset import PatientDataset
 from client.data.labels import label_columns, positives
 from client.data.prepared import write_prepared
 from client.data.site_config import read_source
-from client.data.split import split_by_patient
+from client.data.split import split_by_share
 from client.data.table import ReadingNotes
+from client.patients import PatientKey
 from shared.errors import ConfigError
 from shared.files import make_folder
 from shared.plan import StudyPlan
@@ -39,10 +40,11 @@ class Prepared:
         ]
 
 
-def prepare(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> Prepared:
+def prepare(folder: SiteFolder, config: SiteConfig, plan: StudyPlan, key: PatientKey) -> Prepared:
     """Read [source] as the plan's task wants it, and write the training and test parts.
 
-    Every plan with the same task uses the same files. Prepare again after the source changed.
+    Every plan with the same task uses the same files. Prepare again after the source changed: a
+    patient stays in the part that he was in, which `key` decides.
 
     Raises:
         ConfigError: site.toml names prepared files or no source, or the data do not fit.
@@ -54,8 +56,8 @@ def prepare(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> Prepared
             "writes the lines for it."
         )
     reading = read_source(config.source, folder.path, plan.task)
-    random = np.random.default_rng(config.source.test_seed)
-    train, test = split_by_patient(reading.data, config.source.test_fraction, random)
+    shares = key.shares(reading.data.patient_ids, config.source.test_seed)
+    train, test = split_by_share(reading.data, config.source.test_fraction, shares)
     parts: tuple[tuple[Part, PatientDataset], ...] = (("train", train), ("test", test))
     for part, data in parts:
         file = folder.data_file(config, plan, part)
@@ -67,11 +69,13 @@ def prepare(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> Prepared
     return Prepared(train, test, reading.notes, plan.task)
 
 
-def ensure_prepared(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> Prepared | None:
+def ensure_prepared(
+    folder: SiteFolder, config: SiteConfig, plan: StudyPlan, key: PatientKey
+) -> Prepared | None:
     """Prepare what the plan needs unless it is there; None where nothing had to be done."""
     if config.source is None or folder.data_file(config, plan, "train").exists():
         return None
-    return prepare(folder, config, plan)
+    return prepare(folder, config, plan, key)
 
 
 def _counts(task: TaskPlan, data: PatientDataset) -> str:

@@ -186,7 +186,7 @@ MARATHONS = (
 def _stage(base: Path, scenario: Scenario) -> Iterator[tuple[Deployment, Meddler]]:
     """A deployment behind a meddler, running; the one in `base` if there is one."""
     known = (base / "project").exists()
-    port = Project(base / "project").settings().advertise.port if known else free_port()
+    port = Project(base / "project").advertise.port if known else free_port()
     opened = reopened(base, scenario) if known else deployed(base, scenario, behind=port)
     with opened as live:
         project = live.project

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 from pathlib import Path
 
@@ -66,15 +67,43 @@ def test_the_own_table_becomes_two_parts_by_patient(
     assert command(site, "data", "prepare", file) == 0
     shown = capsys.readouterr().out
     assert "1 incomplete rows left out" in shown
-    assert "30 patients, 15 with the positive label" in shown
     folder = SiteFolder(site)
     parts = {p: folder.data_file(folder.config(), plan, p) for p in ("train", "test")}
     train, test = (read_prepared(path) for path in parts.values())
-    assert len(train.patient_ids) == 30
-    assert len(test.patient_ids) == 10
-    assert not set(train.patient_ids) & set(test.patient_ids)
+    assert sorted(train.patient_ids + test.patient_ids) == [f"P{i:03}" for i in range(40)]
+    assert 0 < len(test.patient_ids) < len(train.patient_ids)
+    for part, data in (("train", train), ("test", test)):
+        ill = sum(int(data.labels[rows].max()) for rows in data.records_of)
+        assert f"{part:<6} {len(data.patient_ids)} patients, {ill} with the positive" in shown
     assert stat.S_IMODE(parts["train"].stat().st_mode) == 0o600
     assert command(site, "data", "prepare", file) == 0  # again after the source changed
+
+
+def test_a_patient_stays_in_his_part_while_the_export_grows(
+    site: Path, tmp_path: Path, plan: StudyPlan
+) -> None:
+    """Whoever was trained on must not be tested on later: the model would look too good."""
+    file, folder = write_plan(plan, tmp_path / "plan.toml"), SiteFolder(site)
+
+    def parts() -> list[set[str]]:
+        assert command(site, "data", "prepare", file) == 0
+        paths = [folder.data_file(folder.config(), plan, part) for part in ("train", "test")]
+        return [set(read_prepared(path).patient_ids) for path in paths]
+
+    train, test = parts()
+    table = site / "ward.csv"
+    header, *rows = table.read_text().splitlines()
+    new = [row.replace("P0", "P5") for row in rows[:40]]
+    # New patients come between the old, some of whom have left; and the order is another.
+    table.write_text("\n".join([header, *new[::2], *rows[:4:-1], *new[1::2]]))
+    later_train, later_test = parts()
+    gone = {f"P{i:03}" for i in range(5)} & (train | test) - later_train - later_test
+    assert later_train & (train | test) == train - gone
+    assert later_test & (train | test) == test - gone
+    assert len(later_train | later_test) > 70
+    settings = site / "site.toml"
+    settings.write_text(settings.read_text().replace("0.25", "0.4"))
+    assert test - gone < parts()[1]  # a larger part takes in others, and gives nobody back
 
 
 def test_plans_with_one_task_share_what_was_prepared(site: Path, plan: StudyPlan) -> None:
@@ -94,7 +123,7 @@ def test_approving_prepares_by_itself(
     assert command(site, "approve", file, "--yes") == 0
     lines = {line.name: line for line in check(SiteFolder(site), plan, Surroundings(lambda: 0, {}))}
     assert lines["data"].state == "green"
-    assert "30 patients" in lines["data"].private
+    assert re.search(r"\b[23]\d patients", lines["data"].private)
     assert "1 incomplete" in lines["data"].private
 
 

@@ -21,7 +21,7 @@ from shared.errors import FedwardError
 from shared.privacy import Use
 from shared.supervise import free_port
 from simulations import fault_page
-from simulations.deployment import breast_cancer
+from simulations.deployment import breast_cancer, wait_for
 from simulations.fault_list import FAULTS
 from simulations.fault_matrix import check, read_results
 from simulations.fault_page import BEGIN, END, PAGE, table, write_page
@@ -197,9 +197,11 @@ def test_the_impostor_counts_those_who_believe_it_and_those_who_do_not(tmp_path:
         files = certify(project, tmp_path / certify.__name__, now)
         with impostor(port, *files) as found:
             call(trusts)
-            assert (found.refused, found.fooled) == (1, 0)
+            wait_for("the first", lambda: found.refused + found.fooled == 1, 10, every_s=0.01)
+            assert found.refused == 1
             call(False)  # the control: who checks nothing is fooled
-            assert (found.refused, found.fooled) == (1, 1)
+            wait_for("the second", lambda: found.refused + found.fooled == 2, 10, every_s=0.01)
+            assert found.fooled == 1
 
 
 def test_an_update_is_found_wherever_it_lies_and_nowhere_else() -> None:

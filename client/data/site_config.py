@@ -27,7 +27,8 @@ class SourceConfig:
     Attributes:
         kind: "table" (CSV or Parquet), "image-folder", "dicom", "nifti" or "npz".
         path: The file or folder; relative to site.toml.
-        test_fraction: Share of the patients kept out of training, to test on.
+        test_fraction: Share of the patients kept out of training, to test on; on average, since
+            each patient's keyed hash decides, and stays where it is as the file grows.
         test_seed: Which patients those are.
         table: Required for a table, valid there only.
         images: For an image folder, valid there only.
