@@ -43,6 +43,7 @@ def _explain(arguments: argparse.Namespace) -> int:
     from client.attribution import require_captum  # noqa: PLC0415  # torch takes seconds
     from client.explanation import explain  # noqa: PLC0415
     from client.explanation_page import render  # noqa: PLC0415
+    from client.own_model import usable  # noqa: PLC0415
     from client.records import records_of  # noqa: PLC0415
     from shared.released import read_model  # noqa: PLC0415
 
@@ -53,7 +54,11 @@ def _explain(arguments: argparse.Namespace) -> int:
     )
     model = read_model(arguments.model)
     arguments.plan_sha256 = model.plan.sha256
-    inputs = records_of(SiteFolder(arguments.site), model.plan, arguments.patient, arguments.file)
+    folder = SiteFolder(arguments.site)
+    model, own = usable(folder, model)
+    if own:
+        print("Of this site's own version of the model.")
+    inputs = records_of(folder, model.plan, arguments.patient, arguments.file)
     found = [explain(model, one, arguments.of) for one in inputs[:MOST_RECORDS]]
     made = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     page = render(model, arguments.patient, found, records=len(inputs), made=made)

@@ -10,7 +10,7 @@ from typing import IO
 
 from client.config import SiteFolder
 from client.data.table import read_inputs
-from client.own_model import own_version
+from client.own_model import usable
 from client.prediction import outputs_of
 from shared.command import Commands
 from shared.config import require
@@ -40,8 +40,8 @@ def _predict(arguments: argparse.Namespace) -> int:
     model = read_model(arguments.model)
     arguments.plan_sha256 = model.plan.sha256
     folder = SiteFolder(arguments.site)
-    own = None if arguments.as_released else own_version(folder, model)
-    if own is not None:
+    asked, own = usable(folder, model, as_released=arguments.as_released)
+    if own:
         print("By this site's own version of the model (--as-released: not).", file=sys.stderr)
     source = folder.config().source
     require(
@@ -53,7 +53,7 @@ def _predict(arguments: argparse.Namespace) -> int:
             "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
         )
     inputs, patients = read_inputs(arguments.file, source.table, model.plan.task)
-    columns = answers(model.plan.task, outputs_of(own or model, inputs))
+    columns = answers(model.plan.task, outputs_of(asked, inputs))
     rows = zip(patients, *columns.values(), strict=True)
     lines = [[name, *(f"{value:.6g}" for value in values)] for name, *values in rows]
     if arguments.out is None:

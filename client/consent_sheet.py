@@ -93,6 +93,8 @@ def _leaves(plan: StudyPlan) -> list[str]:
         "exact": "EXACT histograms of test patients' scores, without noise (simulation).",
     }[plan.evaluation.release]
     text = "Each round one encrypted update, which is opened only as part of a sum. "
+    if plan.model.personal:
+        text += f"The layers {', '.join(plan.model.personal)} are this hospital's own and stay. "
     return [*_wrapped(text), *_wrapped(evaluation), *_counted(plan)]
 
 

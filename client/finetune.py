@@ -20,7 +20,7 @@ from client.consent import Books, People
 from client.data.dataset import PatientDataset
 from client.ledger import Charge
 from client.noise import ChaChaRandom
-from client.own_model import write_own_model
+from client.own_model import own_version, write_own_model
 from client.people import PARTS, people_of, read_parts
 from client.prediction import outputs_of
 from client.prepare import ensure_prepared
@@ -94,7 +94,8 @@ def tuning_plan(plan: StudyPlan, tuning: Tuning) -> StudyPlan:
         raise ConfigError(f"the study of this model has no value for {', '.join(missing)}; give it")
     return replace(
         plan,
-        name=f"{plan.name[:57]}-tuned",
+        name=f"{plan.name[:57].rstrip('-')}-tuned",
+        model=replace(plan.model, personal=()),
         training=TrainingPlan(
             rounds=1,
             local_steps=tuning.steps,
@@ -114,7 +115,8 @@ def finetune(
 ) -> Tuned:
     """Train a released model on, and keep the result as this site's own version of it.
 
-    Started again, it costs again: the noise is drawn anew.
+    Where the study left layers to each site, it starts from what this site has of them. Started
+    again, it costs again: the noise is drawn anew.
 
     Raises:
         PolicyError: the policy does not allow it, or a patient's budget does not; nothing was
@@ -122,6 +124,7 @@ def finetune(
         SensitivityError: the guard refuses the model.
         ConfigError: the data do not fit the model's plan.
     """
+    model_here = own_version(folder, model) if model.plan.model.personal else None
     plan = tuning_plan(model.plan, tuning)
     books.allow(plan)
     check_once(plan, config.device)
@@ -129,7 +132,7 @@ def finetune(
     people = people_of(folder, config, books, plan)
     books.approve(plan, people)
     try:
-        own = _train(folder, config, books, model, plan=plan, people=people)
+        own = _train(folder, config, books, model_here or model, plan=plan, people=people)
     finally:
         books.withdraw(plan)  # closes the run; what was reserved and not charged is given back
     event = costs_of(plan)["training"]
@@ -138,7 +141,8 @@ def finetune(
     facts = {"made_by": "fine-tuning at this site", "epsilon": epsilon, "delta": delta}
     where = write_own_model(folder, model.key, plan, own.parameters, facts)
     test = read_parts(folder, config, books, plan, ("test",))
-    return Tuned(where, epsilon, delta, metrics_of(model, test), metrics_of(own, test))
+    before = metrics_of(model_here or model, test)
+    return Tuned(where, epsilon, delta, before, metrics_of(own, test))
 
 
 def _train(

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from client.config import SiteFolder
+from shared.errors import ConfigError
 from shared.files import make_folder, replace_file
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
@@ -57,3 +58,26 @@ def own_version(folder: SiteFolder, model: ReleasedModel) -> ReleasedModel | Non
     """
     where = own_folder(folder, model.key)
     return read_model(where) if where.exists() else None
+
+
+def usable(
+    folder: SiteFolder, model: ReleasedModel, *, as_released: bool = False
+) -> tuple[ReleasedModel, bool]:
+    """The model that this site should ask, and whether it is its own version.
+
+    Raises:
+        ConfigError: some layers are each site's own, and this site has none: they are as they were
+            before anybody trained.
+    """
+    own = None if as_released else own_version(folder, model)
+    if own is None and model.plan.model.personal:
+        raise ConfigError(
+            f"the layers {', '.join(model.plan.model.personal)} of this model are each site's own, "
+            "and the released file holds them untrained. "
+            + (
+                "Leave --as-released out."
+                if as_released
+                else "This site took no part in the study: train them with fedward-site finetune."
+            )
+        )
+    return (model, False) if own is None else (own, True)

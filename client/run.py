@@ -17,6 +17,8 @@ from client.epochs import Epochs
 from client.guard import check_sensitivity
 from client.ledger import Charge
 from client.noise import ChaChaRandom
+from client.own_model import write_own_model
+from client.own_state import OwnState
 from client.people import PARTS, read_parts
 from client.secagg import RoundTicket
 from client.share import noisy_integers
@@ -31,7 +33,7 @@ from shared.identity import Identity
 from shared.layout import Packed, VectorLayout
 from shared.messages import decode
 from shared.models import build_model, initial_parameters, parameter_spec
-from shared.optimizers import apply_update, initial_state
+from shared.optimizers import initial_state
 from shared.own_noise import alone_multipliers
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
@@ -43,6 +45,7 @@ from shared.privacy import (
     epsilon_of,
     noise_multiplier_of,
 )
+from shared.released import model_key
 from shared.secagg.messages import Opening, Settlement
 from shared.secagg.ring import RingVector
 from shared.study import (
@@ -115,6 +118,7 @@ class SiteRun:
             store=self.store,
         )
         self.state = state_from_bytes(self.store["model"])
+        self._own = OwnState(self.layout, self.store, self.config.name)
         self._attend()
 
     def _attend(self) -> None:
@@ -221,8 +225,8 @@ class SiteRun:
             self.witness.result(result)
             if outcome.total is None or self.state.round_no >= self.plan.training.rounds:
                 continue
-            update = self.layout.update_of(outcome.total, outcome.contributors)
-            self.state = apply_update(self.plan.optimizer, self.state, update)
+            self._own.published(outcome.round, outcome.contributors)
+            self.state = self.layout.advance(self.state, outcome.total, outcome.contributors)
             self.store["model"] = state_to_bytes(self.state)
 
     def _follow_opt_out(self) -> None:
@@ -299,14 +303,19 @@ class SiteRun:
         """This round's update, or in mode `distributed` its clipped sum, still without noise."""
         if not self._trains():
             return np.zeros(self.spec.length, dtype=np.float32), {}
-        train = self.trainer.clipped_sum if self.layout.share else self.trainer.train_round
-        result = train(self.state.parameters, self._random, round_no)
-        facts: dict[str, object] = {"steps": result.steps}
-        if self.layout.share is None:
-            weight = self.plan.cohort.weight(self.config.name)
-            clip = self.plan.secure_sum.clip_range
-            facts["clamped_coordinates"] = int((np.abs(result.update) * weight > clip).sum())
-        return result.update, facts
+        start = self._own.parameters(self.state)
+        if self.layout.share is not None:
+            result = self.trainer.clipped_sum(start, self._random, round_no)
+            divisor = self.trainer.public_divisor(self.config.name)
+            random = self._random.fresh_child(f"own layers {round_no}")
+            self._own.stepped(start, result.update, divisor, random)
+            return result.update, {"steps": result.steps}
+        correction = self._own.correction(self.state)
+        result = self.trainer.train_round(start, self._random, round_no, correction=correction)
+        self._own.trained(start, result.update, correction, round_no)
+        weight, clip = self.plan.cohort.weight(self.config.name), self.plan.secure_sum.clip_range
+        clamped = int((np.abs(result.update) * weight > clip).sum())
+        return result.update, {"steps": result.steps, "clamped_coordinates": clamped}
 
     def _pack(self, vector: FlatVector, counts: Units, round_no: int) -> RingVector | Packed:
         """What is masked: quantised, and in mode `distributed` with this site's share of noise."""
@@ -315,8 +324,9 @@ class SiteRun:
             weight = self.plan.cohort.weight(self.config.name)
             return self.layout.pack(vector, weight, counts, random.bytes(32))
         if not self._trains():
-            return self.layout.pack_integers(np.zeros(len(vector), dtype=np.int64), counts)
-        return self.layout.pack_integers(noisy_integers(vector, self.layout.share, random), counts)
+            return self.layout.pack_integers(np.zeros(self.layout.sent, dtype=np.int64), counts)
+        sums = noisy_integers(self.layout.of_sent(vector), self.layout.share, random)
+        return self.layout.pack_integers(sums, counts)
 
     def _count(self, round_no: int) -> tuple[Units, dict[str, object]]:
         """The counts that leave with this round, with this site's noise; and how many were cut."""
@@ -325,7 +335,7 @@ class SiteRun:
             return np.zeros(self.layout.counts, dtype=np.int64), {}
         data, outputs = self.counted_data, np.zeros(0, dtype=np.float32)
         if self.plan.learns:
-            outputs = self.trainer.predict(self.state.parameters, data.inputs)
+            outputs = self.trainer.predict(self._own.parameters(self.state), data.inputs)
         counts = counts_of(self.plan, data, outputs, noise)
         random = self._random.fresh_child(f"counts {round_no}")
         facts: dict[str, object] = {"clamped_cells": clamped_cells(counts, noise)}
@@ -335,6 +345,15 @@ class SiteRun:
         file = self._folder.path / "runs" / self.run_id / "rounds.jsonl"
         with file.open("a", encoding="utf-8") as log:
             log.write(json.dumps(facts) + "\n")
+
+    def keep_own_model(self) -> None:
+        """Where the plan has layers of each site's own: keep the model with this site's."""
+        if not len(self._own.places):
+            return
+        key = model_key(self.plan, self.state.parameters)
+        facts = {"made_by": f"layers of this site's own, run {self.run_id}"}
+        own = self._own.parameters(self.state)
+        write_own_model(self._folder, key, self.plan, own, facts)
 
     def receipt(self) -> Receipt:
         """What this site holds and charged, at the end of a run."""

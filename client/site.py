@@ -200,6 +200,7 @@ class Site:
             run.accept(request.results)
             run.member.settle(request.settlement)
             run.witness.attestations(decode(Settlement, request.settlement).attestations)
+            run.keep_own_model()
             self.books.ledger.close_run(request.run_id)
             receipt = encode(run.receipt())
             signature = self.identity.sign("receipt", receipt)

@@ -171,7 +171,14 @@ class LocalTrainer:
             return 1.0
         return rate * self.plan.cohort.expected_patients(site_name)
 
-    def train_round(self, start: FlatVector, random: ChaChaRandom, round_no: int) -> RoundResult:
+    def train_round(
+        self,
+        start: FlatVector,
+        random: ChaChaRandom,
+        round_no: int,
+        *,
+        correction: FlatVector | None = None,
+    ) -> RoundResult:
         """Take the plan's local steps from `start`, with a fresh local optimiser.
 
         Args:
@@ -179,6 +186,8 @@ class LocalTrainer:
             random: The site's stream. A round that is trained again from the same object gets
                 other noise.
             round_no: The round, 1 or more.
+            correction: Of the drift (SCAFFOLD), float32 (d,), added in equal parts after the
+                steps. It must be a function of what noise already covers.
 
         Raises:
             ConfigError: the parameters do not fit, or training diverged.
@@ -189,6 +198,7 @@ class LocalTrainer:
         self._begin(start)
         stream = random.fresh_child(f"round {round_no}")
         origin = [p.detach().clone() for p in self._parameters]
+        nudges = self._nudges(correction)
         drawn, seen = [], 0
         for batch in self._draws(stream, random):
             drawn.append(len(batch))
@@ -197,6 +207,9 @@ class LocalTrainer:
             if self.plan.training.proximal_mu:
                 self._pull_towards(origin)
             self._sgd.step()
+            with torch.no_grad():
+                for p, nudge in zip(self._parameters, nudges, strict=False):
+                    p.add_(nudge)
             self.steps_taken += 1
         update = read_parameters(self.module) - start
         require(
@@ -401,6 +414,15 @@ class LocalTrainer:
                 "return each record's own loss, shape (records,), neither mean nor sum"
             )
         return losses
+
+    def _nudges(self, correction: FlatVector | None) -> list[Tensor]:
+        """What SCAFFOLD adds to each parameter after each step; none without a correction."""
+        if correction is None:
+            return []
+        each = torch.from_numpy(correction / np.float32(self.plan.training.local_steps))
+        sizes = [p.numel() for p in self._parameters]
+        parts = zip(torch.split(each, sizes), self._parameters, strict=True)
+        return [part.view_as(p).to(p.device) for part, p in parts]
 
     def _pull_towards(self, origin: list[Tensor]) -> None:
         """FedProx: add mu (w - w0), after the noise (Li et al., MLSys 2020, algorithm 2)."""

@@ -36,7 +36,7 @@ from shared.identity import verify
 from shared.layout import VectorLayout
 from shared.messages import decode, encode
 from shared.models import build_model, initial_parameters, parameter_spec
-from shared.optimizers import ModelState, apply_update, initial_state
+from shared.optimizers import ModelState, initial_state
 from shared.plan import StudyPlan
 from shared.secagg.session import Session
 from shared.study import (
@@ -287,8 +287,7 @@ class Study:
             contributors = self._relay.contributors
             result = self._relay.publish()
             if trained:
-                update = self._layout.update_of(total, contributors)
-                at.state = apply_update(self.plan.optimizer, at.state, update)
+                at.state = self._layout.advance(at.state, total, contributors)
             counts = self._layout.released_counts(total, model_round)
         except ProtocolError as error:
             reason = str(error)

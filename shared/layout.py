@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from shared.counts import CountNoise, Units, count_kind, count_noise, due_counts, releases_counts
 from shared.distributed import NoiseShare, divisor, noise_share
 from shared.errors import ProtocolError
+from shared.optimizers import ModelState, apply_update
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.secagg.ring import Quantised, Ring, RingVector
@@ -19,7 +21,10 @@ from shared.secagg.ring import Quantised, Ring, RingVector
 
 @dataclass(frozen=True)
 class VectorLayout:
-    """What one masked vector holds: the model update, then the evaluation counts as digits."""
+    """What one masked vector holds: the model update, then the evaluation counts as digits.
+
+    Coordinates of layers that stay at each site are left out of it; an update has zeros there.
+    """
 
     plan: StudyPlan
     parameters: int
@@ -28,6 +33,31 @@ class VectorLayout:
     def ring(self) -> Ring:
         """The ring of the plan's secure sum."""
         return Ring(self.plan.secure_sum.bits, len(self.plan.cohort.sites))
+
+    @cached_property
+    def sent_places(self) -> NDArray[np.int64] | None:
+        """Which coordinates of the model leave a site; None for all."""
+        if not self.plan.model.personal:
+            return None
+        from shared.personal import sent_coordinates  # noqa: PLC0415  # torch takes seconds
+
+        return sent_coordinates(self.plan)
+
+    @property
+    def sent(self) -> int:
+        """How many coordinates of the model leave a site."""
+        return self.parameters if self.sent_places is None else len(self.sent_places)
+
+    def of_sent(self, vector: NDArray[Any]) -> NDArray[Any]:
+        """The coordinates of a whole vector that leave a site."""
+        return vector if self.sent_places is None else vector[self.sent_places]
+
+    def _whole(self, sent: FlatVector) -> FlatVector:
+        if self.sent_places is None:
+            return sent
+        whole = np.zeros(self.parameters, dtype=np.float32)
+        whole[self.sent_places] = sent
+        return whole
 
     @property
     def counts(self) -> int:
@@ -47,7 +77,7 @@ class VectorLayout:
     def length(self) -> int:
         """Coordinates of the whole vector."""
         lanes = self.ring.lanes(self._most) if self._exact else 1
-        return self.parameters + self.counts * lanes
+        return self.sent + self.counts * lanes
 
     @property
     def _most(self) -> int:
@@ -63,7 +93,7 @@ class VectorLayout:
             key: 32 secret bytes for the rounding, used for this vector alone.
         """
         clip = self.plan.secure_sum.clip_range
-        body = Quantised(update, self.ring, clip_range=clip, key=key, weight=weight)
+        body = Quantised(self.of_sent(update), self.ring, clip_range=clip, key=key, weight=weight)
         return Packed(body, self._tail(counts))
 
     def _tail(self, counts: Units) -> RingVector:
@@ -83,13 +113,13 @@ class VectorLayout:
         """How sites of a `distributed` plan scale their sums and share the noise; else None."""
         if self.plan.privacy.mode != "distributed" or not self.plan.learns:
             return None
-        return noise_share(self.plan, self.parameters)
+        return noise_share(self.plan, self.sent)
 
     def pack_integers(self, sums: Units, counts: Units) -> RingVector:
         """The vector of one site in mode `distributed`: noisy integers, reduced into the ring.
 
         Args:
-            sums: int64, shape (parameters,), in ring units, noise included.
+            sums: int64, shape (sent,), in ring units, noise included.
             counts: int64, shape (counts,), in units, noise included.
         """
         return np.concatenate([self._reduced(sums), self._tail(counts)])
@@ -110,12 +140,21 @@ class VectorLayout:
         if self.share is not None:
             rate = self.plan.training.learning_rate
             unit = -rate / (self.share.scale * divisor(self.plan, contributors))
-            step = self.ring.signed(total[: self.parameters]) * np.float64(unit)
-            return step.astype(np.float32)
+            step = self.ring.signed(total[: self.sent]) * np.float64(unit)
+            return self._whole(step.astype(np.float32))
         clip = self.plan.secure_sum.clip_range
-        summed = self.ring.dequantise(total[: self.parameters], clip_range=clip)
+        summed = self.ring.dequantise(total[: self.sent], clip_range=clip)
         weight = sum(self.plan.cohort.weight(name) for name in sorted(contributors))
-        return (summed / np.float32(weight)).astype(np.float32, copy=False)
+        return self._whole((summed / np.float32(weight)).astype(np.float32, copy=False))
+
+    def advance(
+        self, state: ModelState, total: RingVector, contributors: tuple[str, ...]
+    ) -> ModelState:
+        """The model after a published sum; every site and the server compute the same."""
+        weights = {name: self.plan.cohort.weight(name) for name in self.plan.cohort.names}
+        share = sum(weights[name] for name in sorted(contributors)) / sum(weights.values())
+        update = self.update_of(total, contributors)
+        return apply_update(self.plan.optimizer, state, update, share=share)
 
     def counts_of(self, total: RingVector) -> NDArray[np.float64]:
         """The summed counts of a published sum, in patients: float64, shape (counts,).
@@ -123,7 +162,7 @@ class VectorLayout:
         Raises:
             ProtocolError: an exact count is larger than honest sites can make it.
         """
-        tail = total[self.parameters :]
+        tail = total[self.sent :]
         if self.count_noise is None:
             return np.zeros(0)
         if self._exact:

@@ -4,6 +4,11 @@ Only IEEE 754 operations that every machine rounds alike (+, -, *, /, sqrt on fl
 used, so that all agree bit for bit on the next model and its hash. Sources: FedAvg, McMahan et
 al., AISTATS 2017; FedAdam, FedYogi, FedAdagrad, Reddi et al., ICLR 2021, algorithm 2 (no bias
 correction). FedProx (Li et al., MLSys 2020) changes local training alone: here it is FedAvg.
+
+SCAFFOLD (Karimireddy et al., ICML 2020, algorithm 1, option II) needs no second vector: with
+option II a site's new control variate is a function of its own update and the common one, so the
+common one follows from the summed update. Both are kept as updates over a round's local steps
+(-K eta c in the paper's words): client/own_state.py has the site's half.
 """
 
 from __future__ import annotations
@@ -23,7 +28,8 @@ class ModelState:
 
     Attributes:
         parameters: float32, shape (d,).
-        first_moment: float32, shape (d,), momentum buffer of FedAvg too; (0,) where there is none.
+        first_moment: float32, shape (d,), FedAvg's momentum buffer and SCAFFOLD's common control
+            variate too; (0,) where there is none.
         second_moment: float32, shape (d,); shape (0,) where the optimiser has none.
         round_no: Rounds whose sums have been applied, 0 for the plan's starting point.
     """
@@ -46,24 +52,31 @@ def initial_state(plan: OptimizerPlan, parameters: FlatVector) -> ModelState:
     """The state before the first round; all moments zero, the second one tau^2."""
     adaptive = plan.name in ("fedadam", "fedyogi", "fedadagrad")
     zero = np.zeros_like(parameters)
-    first = zero if adaptive or plan.momentum else zero[:0]
+    first = zero if adaptive or plan.momentum or plan.name == "scaffold" else zero[:0]
     start = np.float32(plan.tau) * np.float32(plan.tau)
     second = np.full_like(parameters, start) if adaptive else zero[:0]
     return ModelState(parameters.astype(np.float32, copy=True), first, second, 0)
 
 
-def apply_update(plan: OptimizerPlan, state: ModelState, update: FlatVector) -> ModelState:
+def apply_update(
+    plan: OptimizerPlan, state: ModelState, update: FlatVector, *, share: float = 1.0
+) -> ModelState:
     """One server step with the averaged update.
 
     Args:
         plan: Which optimiser, with its constants.
         state: The model that the sites started from.
         update: float32, shape (d,): weighted mean of (local model - start).
+        share: Of all sites' weight, how much is in the mean; SCAFFOLD alone asks.
 
     Returns:
         The next state; `state` is unchanged.
     """
     lr = np.float32(plan.learning_rate)
+    if plan.name == "scaffold":
+        common = state.first_moment + np.float32(share) * (update - state.first_moment)
+        moved = state.parameters + lr * update
+        return ModelState(moved, common, state.second_moment, state.round_no + 1)
     if plan.name in ("fedavg", "fedprox"):
         first, step = state.first_moment, lr * update
         if plan.momentum:

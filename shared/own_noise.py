@@ -7,7 +7,7 @@ from functools import lru_cache
 
 from shared.counts import count_noise
 from shared.distributed import noise_share
-from shared.models import build_model, parameter_spec
+from shared.personal import sent_length
 from shared.plan import StudyPlan
 from shared.privacy import Use, costs_of
 
@@ -24,7 +24,7 @@ def alone_multipliers(plan: StudyPlan) -> Mapping[Use, float]:
         if plan.privacy.mode == "local":
             own[use] = event.noise_multiplier
         elif use == "training":
-            own[use] = noise_share(plan, parameter_spec(build_model(plan)).length).alone
+            own[use] = noise_share(plan, sent_length(plan)).alone
         else:
             own[use] = count_noise(plan).alone
     return own

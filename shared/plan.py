@@ -32,6 +32,8 @@ class ModelPlan:
     `init` "uniform" is equal to the bit on every machine. "torch" is PyTorch's own, as published
     benchmarks start from; it depends on torch's version, and sites that disagree refuse to run.
     `trees` trees of `depth` levels each; 0 is the model's own default.
+    `personal` names layers that each site learns for itself: they never leave it. "norms" are all
+    norms of the model (FedBN), a head's name is a local head.
     """
 
     name: str
@@ -41,6 +43,7 @@ class ModelPlan:
     width: int = 16
     trees: int = later(0)
     depth: int = later(0)
+    personal: tuple[str, ...] = later(())
 
     def __post_init__(self) -> None:
         require(bool(NAME.fullmatch(self.name)), f"name {self.name!r} is not a model's name")
@@ -49,6 +52,10 @@ class ModelPlan:
         require(1 <= self.width <= 4096, f"width is {self.width}; valid: 1 to 4096")
         require(0 <= self.trees <= 10_000, f"trees is {self.trees}; valid: 0 to 10000")
         require(0 <= self.depth <= 16, f"depth is {self.depth}; valid: 0 to 16")
+        require(
+            all(self.personal) and len(set(self.personal)) == len(self.personal),
+            "personal must be names of layers, each once",
+        )
 
 
 @dataclass(frozen=True)
@@ -123,9 +130,12 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class OptimizerPlan:
-    """The server optimiser on the averaged update (Reddi et al., ICLR 2021, algorithm 2)."""
+    """The server optimiser on the averaged update (Reddi et al., ICLR 2021, algorithm 2).
 
-    name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad"] = "fedavg"
+    "scaffold" corrects the drift of local steps (Karimireddy et al., ICML 2020, option II).
+    """
+
+    name: Literal["fedavg", "fedprox", "fedadam", "fedyogi", "fedadagrad", "scaffold"] = "fedavg"
     learning_rate: float = 1.0
     momentum: float = 0.0
     beta1: float = 0.9
@@ -432,6 +442,12 @@ class StudyPlan:
             require(
                 self.optimizer.name != "fedprox",
                 "optimizer: fedprox changes several local steps; mode 'distributed' has one",
+            )
+        if self.optimizer.name == "scaffold":
+            require(
+                self.privacy.mode != "distributed" and not training.momentum,
+                "optimizer: scaffold corrects several local steps without momentum; take mode "
+                "'local' and momentum 0",
             )
         if private:
             require(training.sample_rate is not None, "training: sample_rate is missing")

@@ -123,9 +123,16 @@ def evaluate(
     plan: StudyPlan, model: FlatVector, test: PatientDataset, device: str
 ) -> dict[str, float]:
     """Exact metrics of a model on test patients, from the counts that a study sums."""
+    return evaluate_each(plan, [(model, test)], device)
+
+
+def evaluate_each(
+    plan: StudyPlan, parts: Sequence[tuple[FlatVector, PatientDataset]], device: str
+) -> dict[str, float]:
+    """The same of all test patients together, where each part of them has a model of its own."""
     bins = exact_bins(plan)
-    counts = exact_counts(plan, model, test, device, bins) / EXACT_UNIT
-    return exact_metrics(_exactly(plan, bins), counts)
+    counts = sum(exact_counts(plan, model, test, device, bins) for model, test in parts)
+    return exact_metrics(_exactly(plan, bins), np.asarray(counts) / EXACT_UNIT)
 
 
 def exact_counts(

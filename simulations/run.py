@@ -7,7 +7,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from client.config import SiteFolder
 from client.data.dataset import PatientDataset, joined
 from client.data.labels import positives
 from client.evidence import export_run
+from client.own_model import own_folder
 from client.run import check_once
 from client.training import choose_device
 from server.app import make_server_app
@@ -38,7 +39,8 @@ from shared.models import build_model, parameter_spec
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import costs_of
-from simulations.baselines import evaluate, exact_statistics, pool, train_baselines
+from shared.released import model_key, read_model
+from simulations.baselines import evaluate, evaluate_each, exact_statistics, train_baselines
 from simulations.engines import run_in_process, run_on_ray
 from simulations.grid import FaultHook, no_faults
 from simulations.hospitals import Hospital, load_hospitals
@@ -285,7 +287,7 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     if run.options.insecure_reproducible and plan.privacy.mode != "none":
         fields["insecure_reproducible"] = True
     if plan.learns:
-        _add_metrics(run, fields, done.outcome.state.parameters)
+        _add_metrics(run, fields, _models(run, done))
     else:
         fields["statistics"]["exact"] = exact_statistics(plan, [*_parts(run.hospitals)])
     if run.options.baselines:
@@ -299,17 +301,30 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
     return build_results(**fields)
 
 
-def _add_metrics(run: PreparedRun, fields: dict[str, Any], parameters: FlatVector) -> None:
+def _models(run: PreparedRun, done: _Finished) -> dict[str, FlatVector]:
+    """The model that each hospital uses at the end: the common one, or with layers of its own."""
+    plan, common = run.plan, done.outcome.state.parameters
+    models = dict.fromkeys(done.folders, common)
+    for name, folder in done.folders.items() if plan.model.personal else ():
+        own = own_folder(SiteFolder(folder), model_key(plan, common))
+        if own.exists():  # not where it had dropped out for good
+            models[name] = read_model(own).parameters
+    return models
+
+
+def _add_metrics(
+    run: PreparedRun, fields: dict[str, Any], models: Mapping[str, FlatVector]
+) -> None:
     """Metrics without noise, which a simulation alone may show."""
     exact = run.plan.evaluation.release == "exact"
     tested = float(sum(h.test.patient_count for h in run.hospitals))
     if exact:
         fields["final"]["metrics"] |= {"patients": tested}
     else:
-        everyone = pool([h.test for h in run.hospitals])
-        metrics = evaluate(run.plan, parameters, everyone, run.options.device)
+        parts = [(models[h.name], h.test) for h in run.hospitals]
+        metrics = evaluate_each(run.plan, parts, run.options.device)
         fields["final"]["exact_metrics"] = metrics | {"patients": tested}
-    fields["final"] |= {"exact": exact, "per_site": _per_site(run, parameters)}
+    fields["final"] |= {"exact": exact, "per_site": _per_site(run, models)}
 
 
 def _parts(hospitals: Sequence[Hospital]) -> Iterator[PatientDataset]:
@@ -364,11 +379,12 @@ def _add_times(
         entry["secagg_s"] = max(entry["wall_s"] - train_s, 0.0)
 
 
-def _per_site(run: PreparedRun, parameters: FlatVector) -> dict[str, dict[str, float]]:
+def _per_site(run: PreparedRun, models: Mapping[str, FlatVector]) -> dict[str, dict[str, float]]:
     """The final model on each hospital's own test patients, with its patient counts."""
     table = {}
     for hospital in run.hospitals:
-        metrics = evaluate(run.plan, parameters, hospital.test, run.options.device)
+        own = models[hospital.name]
+        metrics = evaluate(run.plan, own, hospital.test, run.options.device)
         table[hospital.name] = metrics | {
             "train_patients": hospital.train.patient_count,
             "test_patients": hospital.test.patient_count,

@@ -22,7 +22,7 @@ from server.results import write_text
 from server.rounds import RoundReport
 from shared.config import canonical_json, require
 from shared.distributed import noise_share
-from shared.models import build_model, parameter_spec
+from shared.personal import sent_length
 from shared.plan import StudyPlan
 from shared.privacy import noise_multiplier_of
 from simulations.hospitals import Hospital, load_hospitals
@@ -236,7 +236,7 @@ def _check(plan: StudyPlan) -> None:
     """The noise can be calibrated, and in mode distributed the ring has room for it."""
     noise_multiplier_of(plan)
     if plan.privacy.mode == "distributed":
-        noise_share(plan, parameter_spec(build_model(plan)).length)
+        noise_share(plan, sent_length(plan))
 
 
 def _data_sha256(options: SweepOptions) -> str:

@@ -20,7 +20,7 @@ from shared.evidence import PublishedSum, read_frames
 from shared.layout import VectorLayout
 from shared.messages import decode
 from shared.models import initial_parameters
-from shared.optimizers import ModelState, apply_update, initial_state
+from shared.optimizers import ModelState, initial_state
 from shared.plan import StudyPlan
 from shared.secagg import merkle
 from simulations.audits.chain import History, Round
@@ -84,8 +84,7 @@ def replay_sums(history: History, sums: Path) -> StudyOutcome:
             total = _next_total(published, one)
             vector = one.session.ring.from_wire(total, one.session.length)
             if trained:
-                update = layout.update_of(vector, one.contributors)
-                state = apply_update(plan.optimizer, state, update)
+                state = layout.advance(state, vector, one.contributors)
             counts = layout.released_counts(vector, model_round)
         reports.append(_report(one, model_round, trained, counts))
     demand(next(published, None) is None, f"{sums.name} holds more sums than were signed")

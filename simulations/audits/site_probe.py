@@ -353,6 +353,7 @@ def plain(plan: StudyPlan) -> StudyPlan:
     """The plan on a binary task and images as they are: gradients that the auditor can compute.
 
     Noise, clipping, draws and books are those of the plan; another task has another loss alone.
+    Layers that would stay at each site are audited as if they were sent, which says more.
 
     Raises:
         ConfigError: the plan trains nothing, or promises no privacy.
@@ -364,7 +365,12 @@ def plain(plan: StudyPlan) -> StudyPlan:
     task = replace(
         plan.task, kind="binary", classes=(), minimum=None, maximum=None, time="", intervals=()
     )
-    return replace(plan, task=task, training=replace(plan.training, augment=AugmentPlan()))
+    return replace(
+        plan,
+        task=task,
+        model=replace(plan.model, personal=()),
+        training=replace(plan.training, augment=AugmentPlan()),
+    )
 
 
 def changed(plan: StudyPlan, **sections: dict[str, Any]) -> StudyPlan:
