@@ -128,7 +128,7 @@ def finetune(
     plan = tuning_plan(model.plan, tuning)
     books.allow(plan)
     check_once(plan, config.device)
-    ensure_prepared(folder, config, plan)
+    ensure_prepared(folder, config, plan, books.key)
     people = people_of(folder, config, books, plan)
     books.approve(plan, people)
     try:

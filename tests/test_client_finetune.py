@@ -197,3 +197,17 @@ def test_predictions_use_it(
     assert after[0] > 0.7
     assert after[1] < 0.3
     assert said("--as-released") == before
+
+
+def test_it_prepares_the_hospitals_own_table_first(tmp_path: Path, model: ReleasedModel) -> None:
+    folder = make_site(tmp_path / "hospital")
+    (folder / "site.toml").write_text(
+        'name = "site-0"\ndevice = "cpu"\n[source]\nkind = "table"\npath = "ward.csv"\n'
+        '[source.table]\npatient = "id"\n'
+    )
+    inputs = np.random.default_rng(3).uniform(-1, 1, (120, 5))
+    rows = [[f"m{i}", *row, int(row[0] > 0)] for i, row in enumerate(inputs.tolist())]
+    with (folder / "ward.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([["id", *(f"f{i}" for i in range(5)), "y"], *rows])
+    assert finetune(folder, model).epsilon <= 3.0
+    assert charged(folder)[0][0] == 20
