@@ -14,6 +14,7 @@ from client import (
     commands_enrol,
     commands_evidence,
     commands_explain,
+    commands_export,
     commands_finetune,
     commands_ledger,
     commands_log,
@@ -68,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     commands_model.add_commands(commands)
     commands_finetune.add_commands(commands)
     commands_explain.add_commands(commands)
+    commands_export.add_commands(commands)
     commands_run.add_commands(commands)
     default = Path(os.environ.get("FEDWARD_SITE", "~/fedward-site")).expanduser()
     folder_option(parser, "--site", default, "the site's folder, with site.toml")

@@ -39,7 +39,7 @@ def answers_of(task: TaskPlan, outputs: Tensor) -> Tensor:
     if task.kind == "multiclass":
         return torch.softmax(outputs, dim=1)
     if task.kind == "survival":
-        columns = outputs.reshape(len(outputs), -1)  # one interval has one output
+        columns = outputs.reshape(outputs.shape[0], -1)  # one interval has one output
         return torch.exp(-torch.cumsum(functional.softplus(columns), dim=1))
     single = outputs.reshape(-1, 1)
     if task.kind == "regression":
