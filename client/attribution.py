@@ -66,13 +66,15 @@ def risk_at(risk: Risk, inputs: NDArray[np.float32]) -> float:
 
 def integrated_gradients(
     risk: Risk, inputs: NDArray[np.float32], baseline: NDArray[np.float32]
-) -> Reals:
+) -> Reals | None:
     """Integrated Gradients of one record along the straight path from a baseline.
 
     Returns:
         float64, the inputs' shape; they add up to risk(inputs) - risk(baseline), but for the
-        error of `STEPS` points.
+        error of `STEPS` points. None for a model that moves in jumps, as trees do.
     """
+    if not _is_smooth(risk, inputs):
+        return None
     from captum.attr import IntegratedGradients  # noqa: PLC0415  # optional, slow to import
 
     found = IntegratedGradients(risk).attribute(
@@ -164,6 +166,13 @@ def spatial_layer(risk: Risk, inputs: NDArray[np.float32]) -> nn.Module | None:
         for handle in handles:
             handle.remove()
     return last[0] if last else None
+
+
+def _is_smooth(risk: Risk, inputs: NDArray[np.float32]) -> bool:
+    """Whether what the model says has a gradient in its inputs."""
+    start = _one(inputs).requires_grad_()
+    (slope,) = torch.autograd.grad(risk(start).sum(), start, allow_unused=True)
+    return slope is not None
 
 
 def _one(inputs: NDArray[np.float32]) -> Tensor:

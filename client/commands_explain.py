@@ -36,6 +36,9 @@ def add_commands(commands: Commands) -> None:
         "--of", default="", metavar="ANSWER",
         help="a class, or the end of a survival interval (default: the likeliest, the last)",
     )  # fmt: skip
+    explain.add_argument(
+        "--as-released", action="store_true", help="even where this site has its own version"
+    )
     explain.set_defaults(command=_explain, recorded="explain")
 
 
@@ -55,13 +58,11 @@ def _explain(arguments: argparse.Namespace) -> int:
     model = read_model(arguments.model)
     arguments.plan_sha256 = model.plan.sha256
     folder = SiteFolder(arguments.site)
-    model, own = usable(folder, model)
-    if own:
-        print("Of this site's own version of the model.")
+    asked, own = usable(folder, model, as_released=arguments.as_released)
     inputs = records_of(folder, model.plan, arguments.patient, arguments.file)
-    found = [explain(model, one, arguments.of) for one in inputs[:MOST_RECORDS]]
+    found = [explain(asked, one, arguments.of) for one in inputs[:MOST_RECORDS]]
     made = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    page = render(model, arguments.patient, found, records=len(inputs), made=made)
+    page = render(asked, arguments.patient, found, records=len(inputs), made=made, own=own)
     write_new(arguments.out, page.encode("utf-8"))
     print(f"Written to {arguments.out}; it names a patient, keep it here.")
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from client.config import SiteFolder
 from shared.command import Commands
 from shared.config import require
 from shared.errors import FedwardError
@@ -22,11 +23,15 @@ def add_commands(commands: Commands) -> None:
     )
     export.add_argument("model", type=Path, help="the folder with model.safetensors")
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new ONNX file")
+    export.add_argument(
+        "--as-released", action="store_true", help="even where this site has its own version"
+    )
     export.set_defaults(command=_export, recorded="export")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from client.export import TOLERANCE, export_onnx, largest_difference  # noqa: PLC0415
+    from client.own_model import usable  # noqa: PLC0415
     from shared.released import read_model  # noqa: PLC0415
 
     require(
@@ -35,18 +40,21 @@ def _export(arguments: argparse.Namespace) -> int:
     )
     model = read_model(arguments.model)
     arguments.plan_sha256 = model.plan.sha256
-    data = export_onnx(model)
-    off = largest_difference(data, model)
+    asked, own = usable(SiteFolder(arguments.site), model, as_released=arguments.as_released)
+    data = export_onnx(asked)
+    off = largest_difference(data, asked)
     if off is not None and off > 1:
         raise FedwardError(
             f"the exported model differs from PyTorch by {off * TOLERANCE:.1e}, and at most "
             f"{TOLERANCE:g} is allowed; nothing was written. Use predict, and report this."
         )
-    write_new(arguments.out, data, mode=0o644)
+    write_new(arguments.out, data, mode=0o600 if own else 0o644)
     checked = (
         "not compared with PyTorch: onnxruntime is not installed"
         if off is None
         else f"within {off * TOLERANCE:.1e} of PyTorch on invented records"
     )
     print(f"Written to {arguments.out}, {len(data):,} bytes; {checked}.")
+    if own:
+        print("It is this site's own version of the model (--as-released: not); keep it here.")
     return 0

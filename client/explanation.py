@@ -17,6 +17,7 @@ from client.attribution import (
 )
 from shared.answers import risk_names
 from shared.config import require
+from shared.errors import ConfigError
 from shared.features import feature_columns, public_baseline
 from shared.released import ReleasedModel
 from shared.task_plan import FeaturePlan, TaskPlan
@@ -34,14 +35,14 @@ class Contribution:
         value: What the model saw, in the plan's unit.
         baseline: What it is compared with.
         shapley: Its Shapley value, in the unit of the answer.
-        gradients: Its Integrated Gradients, likewise.
+        gradients: Its Integrated Gradients, likewise; None for a model that moves in jumps.
     """
 
     feature: FeaturePlan
     value: str
     baseline: str
     shapley: float
-    gradients: float
+    gradients: float | None
 
 
 @dataclass(frozen=True)
@@ -119,7 +120,7 @@ def explain(model: ReleasedModel, inputs: NDArray[np.float32], of: str = "") -> 
             shown(task, feature, inputs[columns]),
             shown_baseline(feature),
             float(share),
-            float(slopes[columns].sum()),
+            None if slopes is None else float(slopes[columns].sum()),
         )
         for feature, columns, share in zip(task.features, groups, shares, strict=True)
     ]
@@ -131,8 +132,10 @@ def _explain_image(
     name: str, said: dict[str, float], risk: Risk, inputs: NDArray[np.float32]
 ) -> Explanation:
     black = np.full_like(inputs, BLACK)
-    slopes = integrated_gradients(risk, inputs, black).sum(axis=0)
-    maps = Maps(inputs, slopes, grad_cam(risk, inputs))
+    slopes = integrated_gradients(risk, inputs, black)
+    if slopes is None:
+        raise ConfigError("this model of images moves in jumps, so no map can be drawn of it.")
+    maps = Maps(inputs, slopes.sum(axis=0), grad_cam(risk, inputs))
     return Explanation(name, said, said[name], risk_at(risk, black), maps=maps)
 
 

@@ -61,7 +61,13 @@ _STYLE = (
 
 
 def render(
-    model: ReleasedModel, patient: str, found: Sequence[Explanation], *, records: int, made: str
+    model: ReleasedModel,
+    patient: str,
+    found: Sequence[Explanation],
+    *,
+    records: int,
+    made: str,
+    own: bool = False,
 ) -> str:
     """The page about one patient.
 
@@ -71,6 +77,7 @@ def render(
         found: One explanation for each record that is shown.
         records: How many records the patient has.
         made: When, as text.
+        own: Whether the model is this hospital's own version of a released one.
     """
     plan = model.plan
     title = f"{plan.name}: one patient's prediction, explained"
@@ -86,7 +93,7 @@ def render(
             for number, one in enumerate(found, start=1)
         ],
         _reading(found[0]),
-        _origin(model),
+        _origin(model, own),
         element(
             "footer",
             "Names a patient: keep it at the hospital. Made here by fedward-site explain; it holds "
@@ -195,7 +202,7 @@ def _table(plan: StudyPlan, one: Explanation) -> Html:
                 part.baseline,
                 _range(part),
                 _change(plan, part.shapley),
-                _change(plan, part.gradients),
+                "–" if part.gradients is None else _change(plan, part.gradients),
             )
         )
         for part in one.contributions
@@ -268,7 +275,7 @@ def _reading(one: Explanation) -> Html:
             f"to the patient's value, averaged over {ORDERS} random orders of the features; they "
             "add up to the difference. Integrated Gradients follow the straight path from baseline "
             "to patient. Where the two disagree, features act together, and neither figure is the "
-            "feature's own.",
+            "feature's own. Models that move in jumps, such as trees, have no gradients.",
         ]
     else:
         texts = [
@@ -281,11 +288,12 @@ def _reading(one: Explanation) -> Html:
     return section("reading", "How to read this", [paragraph(text) for text in texts])
 
 
-def _origin(model: ReleasedModel) -> Html:
+def _origin(model: ReleasedModel, own: bool) -> Html:
     plan = model.plan
     facts: list[tuple[str, Child]] = [
         ("Study", plan.name),
         ("Model", f"{plan.model.name}, trained by {len(plan.cohort.sites)} hospitals together"),
+        ("Version", "this hospital's own, trained on here" if own else "as released"),
         ("Model's hash", element("code", f"sha256 {model.sha256}")),
         ("Plan's hash", element("code", f"sha256 {plan.sha256}")),
         ("Privacy of those it was trained on", privacy_line(plan)),

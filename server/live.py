@@ -27,6 +27,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from server.gate import require_audit
 from server.manifest import write_manifest
+from server.model_card import write_card
 from server.record import server_results, write_evidence, write_model
 from server.report import write_report
 from server.results import build_results, write_results
@@ -257,6 +258,7 @@ class _Live:
         results = build_results(**fields)
         write_results(results, path / "results.json")
         write_report(results, path / "report.html")
+        write_card(plan, results, path)
         write_manifest(path, self._identity())
         facts = self._facts | {"sha256": outcome.state.digest().hex()}
         try:

@@ -20,7 +20,14 @@ from shared.identity import Identity, verify
 
 SCHEMA = "fedward-manifest/1"
 MANIFEST_FILE = "manifest.json"
-OUTCOME = ("model.json", "model.safetensors", "report.html", "results.json")
+OUTCOME = (
+    "model-card.html",
+    "model-card.json",
+    "model.json",
+    "model.safetensors",
+    "report.html",
+    "results.json",
+)
 """Files beside evidence/ that a finished run consists of."""
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from client.attribution import Risk, grad_cam, integrated_gradients, require_captum
+from shared.errors import ConfigError
 from shared.features import scale_pixels
 from shared.released import read_model
 from shared.task_plan import ImagePlan, TaskPlan
@@ -58,9 +59,11 @@ def times_above_chance(module: nn.Module, *, method: str = "gradcam") -> Reals:
     for image, place in zip(images, places, strict=True):
         if method == "gradcam":
             heat = grad_cam(risk, image)
-            heat = np.zeros(place.shape) if heat is None else heat
         else:
-            heat = np.maximum(integrated_gradients(risk, image, _BLACK)[0], 0)
+            heat = integrated_gradients(risk, image, _BLACK)
+            heat = None if heat is None else np.maximum(heat[0], 0)
+        if heat is None:
+            raise ConfigError("this model of images gives no such map.")
         share = heat[place].sum() / heat.sum() if heat.sum() > 0 else 0.0
         found.append(share / place.mean())
     return np.array(found)

@@ -27,6 +27,7 @@ from server.app import make_server_app
 from server.evidence import Spool
 from server.gate import require_audit
 from server.manifest import write_manifest
+from server.model_card import write_card
 from server.record import server_results, write_evidence, write_model
 from server.report import write_report
 from server.results import build_results, write_results
@@ -251,6 +252,7 @@ def _write_run(run: PreparedRun, done: _Finished) -> dict[str, Any]:
             export_run(SiteFolder(folder), done.run_id, partial / "evidence" / "sites" / name)
         write_results(results, partial / "results.json")
         write_report(results, partial / "report.html")
+        write_card(run.plan, results, partial)
         write_manifest(partial)
         if out.is_dir():
             out.rmdir()

@@ -24,6 +24,7 @@ from client.data.dataset import PatientDataset
 from client.data.prepared import write_prepared
 from client.explanation import Explanation, explain, shown
 from client.explanation_page import render
+from client.own_model import write_own_model
 from server.record import write_model
 from server.rounds import StudyOutcome
 from shared.answers import risk_names
@@ -146,6 +147,29 @@ def test_values_at_the_end_of_a_range_and_missing_ones_say_so() -> None:
     ]
     assert said[1] == ["20 years or less", "I", "missing", "133.5 mmol/L"]
     assert said[2] == ["100 years or more", "missing", "10 mg/dL or more", "100 mmol/L or less"]
+
+
+def test_trees_have_shapley_values_and_no_gradients() -> None:
+    plan = plan_of(model={"name": "trees", "trees": 20, "depth": 2})
+    inputs, random = patients(plan)[0], np.random.default_rng(1)
+    leaves = random.normal(size=len(initial_parameters(plan))).astype(np.float32)
+    found = explain(ReleasedModel(plan, leaves, "ab" * 32), inputs)
+    parts = found.contributions
+    assert sum(p.shapley for p in parts) == pytest.approx(found.risk - found.start, abs=1e-5)
+    assert [part.gradients for part in parts] == [None] * len(parts)
+    assert "no gradients" in page_of(plan, found)
+
+
+def test_this_hospitals_own_version_is_explained_where_it_has_one(site: Path) -> None:
+    model = read_model(site / "model")
+    own = model.parameters * np.float32(2)
+    write_own_model(SiteFolder(site), model.key, model.plan, own, {})
+    words = [str(site / "new.csv"), "--patient", "P-7", "--out"]
+    assert command(site, *words, str(site / "own.html")) == 0
+    assert command(site, *words, str(site / "released.html"), "--as-released") == 0
+    assert "this hospital&#x27;s own" in (site / "own.html").read_text()
+    assert model.sha256 not in (site / "own.html").read_text()
+    assert model.sha256 in (site / "released.html").read_text()
 
 
 def test_the_answer_that_is_explained_can_be_chosen() -> None:
