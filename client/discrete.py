@@ -2,9 +2,9 @@
 
 Rejection from a discrete Laplace distribution (Canonne, Kairouz and Steinke, "The Discrete
 Gaussian for Differential Privacy", NeurIPS 2020, algorithms 2 and 3), with one change: where a
-decision is clear at float64 precision it is taken there; where it is not (about one draw in a
-million) more bits are drawn and it is taken with 60 decimal digits. So the speed is numpy's and
-the distribution is not float64's.
+decision is clear at float64 precision it is taken there; where it is not (one draw in a million
+or fewer up to a deviation of 10^6, one in 20,000 at 2^26) more bits are drawn and it is taken with
+60 decimal digits. So the speed is numpy's and the distribution is not float64's.
 """
 
 from __future__ import annotations
@@ -21,8 +21,11 @@ from shared.config import require
 _PIECE = 1 << 14  # proposals at a time: their arrays stay in a core's cache, twice as fast
 _DIGITS = 60
 _EXTRA_BITS = 192
-_MARGIN = 2.0**-36
-"""Relative distance from a boundary below which float64 does not decide."""
+_MARGIN = 2.0**-41
+"""Relative distance from a boundary below which float64 does not decide; it errs by 2^-44."""
+
+_RARE = np.uint64(1 << 42)
+"""Words below this make draws that float64 does not decide: one in four million."""
 
 Integers = NDArray[np.int64]
 
@@ -57,29 +60,43 @@ def _accepted(random: ChaChaRandom, deviation: float, count: int, margin: float)
     """Draws of a discrete Laplace, thinned to the Gaussian."""
     scale = math.floor(deviation) + 1
     size = _geometric(random, scale, count, margin)
-    negative = (random.words(count) >> np.uint64(63)).astype(bool)
-    proposed = ~(negative & (size == 0))  # or zero would come twice as often
+    signs = np.frombuffer(random.bytes(-(-count // 8)), np.uint8)
+    negative = np.unpackbits(signs, count=count).view(np.bool_)
     centre = deviation * deviation / scale
-    distance = size.astype(np.float64) - centre
-    exponent: NDArray[np.float64] = np.square(distance) / (2 * deviation * deviation)
-    keep = proposed & _happens(random, size, exponent, (deviation, scale), margin)
-    draws: Integers = np.where(negative, -size, size)[keep]
+    distance = size.astype(np.float64)
+    distance -= centre
+    exponent = np.square(distance, out=distance)
+    exponent *= 0.5 / (deviation * deviation)
+    keep = _happens(random, size, exponent, (deviation, scale), margin)
+    keep &= ~negative | (size > 0)  # or zero would come twice as often
+    size *= 1 - 2 * negative.view(np.int8)
+    draws: Integers = size[keep]
     return draws
 
 
 def _geometric(random: ChaChaRandom, scale: int, count: int, margin: float) -> Integers:
     """floor(-scale ln U): x with probability proportional to exp(-x / scale), x >= 0."""
     words = random.words(count)
-    uniform = (words.astype(np.float64) + 0.5) * 2.0**-64
-    value = -scale * np.log(uniform)
-    # The interval of all U with these 64 bits, and float64's own error.
-    reach = scale * (2.0**-64 / uniform) + np.abs(value) * 2.0**-50 + scale * margin
+    value = _uniform(words)
+    np.log(value, out=value)
+    value *= -scale
     whole = np.floor(value)
-    unclear = (np.floor(value - reach) != whole) | (np.floor(value + reach) != whole)
+    value -= whole  # exact; a boundary is 0 or 1
+    np.abs(np.subtract(value, 0.5, out=value), out=value)
+    # A word stands for 2^-64 of all U, which moves ln U by less than 2^-42 unless U is rare.
+    unclear = (value > 0.5 - scale * margin) | (words < _RARE)
     size: Integers = whole.astype(np.int64)
     for index in np.flatnonzero(unclear).tolist():
         size[index] = _exact_geometric(random, int(words[index]), scale)
     return size
+
+
+def _uniform(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """The middle of the numbers in (0, 1) whose first 64 bits are each word."""
+    uniform = words.astype(np.float64)
+    uniform += 0.5
+    uniform *= 2.0**-64
+    return uniform
 
 
 def _exact_geometric(random: ChaChaRandom, word: int, scale: int) -> int:
@@ -97,10 +114,11 @@ def _happens(
 ) -> NDArray[np.bool_]:
     """True with probability exp(-exponent), where exponent = (size - d^2/s)^2 / (2 d^2)."""
     words = random.words(len(size))
-    uniform = (words.astype(np.float64) + 0.5) * 2.0**-64
-    chance = np.exp(-exponent)
-    unclear = np.abs(uniform - chance) <= 2.0**-63 + margin * (chance + uniform)
+    uniform, chance = _uniform(words), np.exp(-exponent)
     happens: NDArray[np.bool_] = uniform < chance
+    reach = margin * (chance + uniform)
+    reach += 2.0**-63
+    unclear = np.abs(uniform - chance) <= reach
     for index in np.flatnonzero(unclear).tolist():
         happens[index] = _exact_happens(random, int(words[index]), int(size[index]), shape)
     return happens

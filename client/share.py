@@ -9,6 +9,8 @@ from client.discrete import discrete_gaussian
 from client.noise import ChaChaRandom
 from shared.distributed import NoiseShare
 
+_PIECE = 1 << 14  # coordinates at a time stay in a core's cache
+
 
 def noisy_integers(
     clipped_sum: NDArray[np.float32], share: NoiseShare, random: ChaChaRandom
@@ -26,6 +28,11 @@ def noisy_integers(
     Returns:
         int64, shape (d,), in ring units.
     """
-    scaled = np.nan_to_num(clipped_sum.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
-    whole = np.clip(np.rint(scaled * share.scale), -share.clamp, share.clamp).astype(np.int64)
-    return whole + discrete_gaussian(random, share.deviation, len(whole))
+    total = discrete_gaussian(random, share.deviation, len(clipped_sum))
+    for start in range(0, len(total), _PIECE):
+        piece = clipped_sum[start : start + _PIECE].astype(np.float64)
+        np.nan_to_num(piece, copy=False, nan=0.0, posinf=0.0, neginf=0.0)
+        piece *= share.scale
+        np.clip(np.rint(piece, out=piece), -share.clamp, share.clamp, out=piece)
+        total[start : start + _PIECE] += piece.astype(np.int64)
+    return total

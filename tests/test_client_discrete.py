@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from client.discrete import discrete_gaussian
+from client.discrete import _MARGIN, _uniform, discrete_gaussian
 from client.noise import ChaChaRandom
 
 ALPHA = 1e-6
@@ -60,6 +62,30 @@ def test_the_exact_path_gives_the_same_distribution(deviation: float) -> None:
         assert p_value(draws, deviation) > ALPHA
     else:
         assert stats.kstest(draws / deviation, "norm").pvalue > ALPHA
+
+
+def exact_uniform(word: int) -> Decimal:
+    return (Decimal(word) + Decimal("0.5")) / Decimal(2**64)
+
+
+@pytest.mark.parametrize("deviation", [0.5, 20.0, 1000.25, 3e5, 2.0**26])
+def test_float64_errs_by_an_eighth_of_the_margin_at_most(deviation: float) -> None:
+    """What float64 decides, it decides rightly: checked with 60 digits where a boundary matters."""
+    scale = math.floor(deviation) + 1
+    words = np.append(stream("margin").words(500), np.array([1 << 42, 2**63, 2**64 - 1], np.uint64))
+    value = -scale * np.log(_uniform(words))
+    size = np.floor(value).astype(np.int64)
+    exponent = np.square(size - deviation * deviation / scale) * (0.5 / (deviation * deviation))
+    with localcontext() as context:
+        context.prec = 60
+        square = Decimal(deviation) ** 2
+        for word, near, whole, chance in zip(
+            words.tolist(), value.tolist(), size.tolist(), np.exp(-exponent).tolist(), strict=True
+        ):
+            true = -Decimal(scale) * exact_uniform(word).ln()
+            assert abs(Decimal(near) - true) <= scale * Decimal(_MARGIN) / 8
+            true = (-((whole - square / scale) ** 2) / (2 * square)).exp()
+            assert abs(Decimal(chance) - true) <= Decimal(_MARGIN) * true / 8
 
 
 @pytest.mark.parametrize("deviation", [1000.25, 3e5])
