@@ -46,7 +46,8 @@ class Study:
             scenario = replace(
                 scenario, plan=load_scenario("breast_cancer", [*self.overrides, *changes]).plan
             )
-        options = RunOptions(out=self.base / str(self.count), faults=faults)
+        out = self.base / str(self.count)
+        options = RunOptions(out=out, faults=faults, insecure_reproducible=True)
         return execute(prepare(scenario, options), lambda report: None)
 
     overrides = (

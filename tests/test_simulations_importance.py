@@ -28,7 +28,8 @@ STRONGEST = 0  # worst radius
 
 def run_of(out: Path) -> PreparedRun:
     overrides = [f"task.features={FEATURES}", "training.rounds=8", "privacy.epsilon=8"]
-    return prepare(load_scenario("breast_cancer", overrides), RunOptions(out=out))
+    options = RunOptions(out=out, insecure_reproducible=True)
+    return prepare(load_scenario("breast_cancer", overrides), options)
 
 
 def shuffled(data: PatientDataset, column: int) -> PatientDataset:
