@@ -6,7 +6,7 @@ from client.config import Part, SiteConfig, SiteFolder
 from client.consent import Books, People
 from client.data.dataset import PatientDataset, joined
 from client.data.prepared import read_prepared
-from shared.errors import ConfigError
+from shared.errors import ConfigError, PolicyError
 from shared.models import input_shape
 from shared.plan import StudyPlan
 from shared.privacy import Use, costs_of
@@ -26,7 +26,15 @@ def read_parts(
 
     Raises:
         ConfigError: a file is missing or damaged, or its records do not have the plan's shape.
+        PolicyError: the data name no patients, and the policy does not say that rows are patients.
     """
+    source = None if config.data is not None else config.source
+    if source and not source.names_patients and not books.limits.rows_are_patients:
+        raise PolicyError(
+            "site.toml names no patient column, so the ledger could not recognise a patient in "
+            "another file. Name it there; or, if each row really is another patient, let the "
+            "officer say so: rows_are_patients = true in policy.toml charges them all as one."
+        )
     found = []
     for part in parts:
         path = folder.data_file(config, plan, part)

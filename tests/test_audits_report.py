@@ -215,6 +215,24 @@ def test_a_page_of_a_run_whose_plan_cannot_be_read(
     assert "Violated." in (run / "audit.html").read_text()
 
 
+def test_a_study_that_counts_alone_is_reported_and_what_trains_is_not_testable(
+    tmp_path: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "simulations.audits.families.probe",
+        lambda name: lambda target, options: [finding(name)],
+    )
+    run = tmp_path / "run"
+    assert simulate(["run", "statistics", "--quiet", "--out", str(run)]) == 0
+    assert report(run, key) == 0
+    found = open_statement((run / "audit.json").read_text(), AUDITOR.public)["predicate"]
+    verdicts = {f["probe"]: f["verdict"] for f in found["findings"] if f["probe"] != "verify"}
+    assert {name for name, verdict in verdicts.items() if verdict == "not testable"} == {
+        *("neighbour", "one_run", "membership", "reconstruction")
+    }
+    assert verdicts["implementation"] == "not refuted"
+
+
 # The gate.
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sqlite3
 from pathlib import Path
 
@@ -43,6 +44,9 @@ def test_approving_shows_the_cost_and_reserves_it(
     shown = capsys.readouterr().out
     for words in (plan.sha256, "10 rounds", "epsilon after this study", "site-3", "collude", "f4"):
         assert words in shown
+    measured = re.search(r"moves the sum before\s+noise by at most\s+([\d.]+)", shown)
+    assert measured
+    assert 0.9 < float(measured[1]) <= 1.0001  # the guard's figure for this very plan
     assert "Approved" not in shown
     assert command(site, "approve", file, "--yes") == 0
     assert "Approved for one run" in capsys.readouterr().out

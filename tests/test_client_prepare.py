@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import stat
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from site_cases import make_site, study, write_plan
+from site_cases import make_site, open_books, study, trained, write_plan, write_policy
 
 from client import commands_study
 from client.cli import main
@@ -125,6 +126,24 @@ def test_approving_prepares_by_itself(
     assert lines["data"].state == "green"
     assert re.search(r"\b[23]\d patients", lines["data"].private)
     assert "1 incomplete" in lines["data"].private
+
+
+def test_a_table_without_a_patient_column_needs_the_policys_word(
+    site: Path, plan: StudyPlan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engineer's word alone is not enough: row numbers are nobody the ledger could know."""
+    settings = site / "site.toml"
+    text = settings.read_text().replace('patient = "MRN"', "one_row_per_patient = true")
+    settings.write_text(text)
+    file = write_plan(plan, tmp_path / "plan.toml")
+    assert command(site, "approve", file, "--yes") == 3
+    assert "names no patient column" in capsys.readouterr().err
+    write_policy(site, rows_are_patients=True)
+    assert command(site, "approve", file, "--yes") == 0
+    # All rows are charged as one: another file of the same dataset inherits it.
+    with closing(open_books(site)) as books:
+        cost = books.consider(study("next"), trained(books, ["row 7 of another file"]))
+    assert cost.before > 0
 
 
 def test_mapping_compares_names_alone(

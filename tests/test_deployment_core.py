@@ -14,19 +14,29 @@ import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from client.cli import main as site_command
+from client.config import SiteFolder
 from server.link import connect
+from shared.identity import Identity
+from shared.plan import AuditPlan
+from simulations.audits.cli import main as audit
+from simulations.audits.finding import Finding, Verdict
+from simulations.audits.verification import Expected
+from simulations.audits.verify import verify
 from simulations.deployment import Deployment, breast_cancer, deployed, wait_for
 from simulations.fault_play import Play
 from simulations.fault_sites import call_as_stranger, changed_bundle, was_refused
 from simulations.meddler import Meddler
 from simulations.replay import in_process
-from simulations.scenario import Scenario
+from simulations.scenario import Scenario, plan_toml
+from simulations.sites import approve
 
 pytestmark = pytest.mark.slow
 
@@ -65,6 +75,72 @@ def test_a_study_ends_with_the_model_that_one_process_computes(live: Deployment)
     results = json.loads((run / "results.json").read_text())
     assert results["engine"] == "deployment"
     assert len(results["privacy"]["sites"]) == 4
+
+
+def test_the_runs_evidence_holds_with_the_sites_exports_and_all_keys_known(
+    live: Deployment,
+) -> None:
+    run, expected = with_exports(live), known(live)
+    found = verify(run, expected)
+    assert [(f.name, f.explanation) for f in found.findings if f.verdict != "not refuted"] == []
+    assert {"seal", "coordinator", "same-rounds", "charges"} <= {f.name for f in found.findings}
+    stranger = Identity.generate().fingerprint
+    wrong = verify(run, replace(expected, coordinator=stranger))
+    assert [f.name for f in wrong.findings if f.verdict == "violated"] == ["coordinator"]
+    ledger = run / "evidence" / "sites" / "city" / "ledger.jsonl"
+    ledger.write_text(ledger.read_text().replace('\\"steps\\":5', '\\"steps\\":4', 1))
+    spoilt = {f.name for f in verify(run, expected).findings if f.verdict == "violated"}
+    assert "ledger" in spoilt
+
+
+def known(live: Deployment) -> Expected:
+    """What people told an auditor over the telephone."""
+    sites = {name: SiteFolder(live.site(name)).identity().fingerprint for name in live.names}
+    return Expected(live.plan.sha256, sites, live.project.identity().fingerprint)
+
+
+def with_exports(live: Deployment) -> Path:
+    """The latest run's folder, with every site's evidence as its engineer exports it."""
+    run = live.latest_run()
+    for name in live.names:
+        target = run / "evidence" / "sites" / name
+        command = ["--site", str(live.site(name)), "evidence", run.name, str(target)]
+        assert site_command(command) == 0
+    return run
+
+
+def test_a_model_leaves_the_server_only_once_its_audit_has_passed(
+    live: Deployment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan asks for it: `fedward-server run` ends with exit code 5 and without a model."""
+    auditor = Identity.generate()
+    gate = AuditPlan(gate=True, auditor=auditor.public.hex())
+    plan = replace(live.plan, name="gated", audit=gate)
+    file = tmp_path / "gated.toml"
+    file.write_text(plan_toml(plan))
+    for name in live.names:
+        approve(SiteFolder(live.site(name)), plan)
+    process = live.run(str(file))
+    assert process.popen.wait(400) == 5, process.text
+    assert "the model is withheld: the plan asks for an audit before export" in process.text
+    run, key = live.latest_run(), tmp_path / "auditor.pem"
+    auditor.save(key)
+    report = ["report", str(run), "--quick", "--key", str(key)]
+    verdicts: list[Verdict] = ["violated"]
+
+    def found(name: str, target: Any, options: Any) -> list[Finding]:
+        return [Finding(name, "example", "holds", "none", 1.0, None, 0.01, (), verdicts[-1])]
+
+    # The probes have tests of their own; evidence, signature and gate are the real ones.
+    monkeypatch.setattr("simulations.audits.families.attack", found)
+    for code in (5, 0):
+        assert not (run / "model.safetensors").exists()
+        assert audit(["release", str(run)]) == 5  # missing, then failed
+        assert audit(report) == code
+        verdicts.append("not refuted")
+    assert audit(["release", str(run)]) == 0
+    assert (run / "model.safetensors").exists()
+    assert not verify(run).violated
 
 
 def test_a_site_that_is_killed_drops_from_its_round_and_comes_back(live: Deployment) -> None:

@@ -63,6 +63,15 @@ class SourceConfig:
             f"[source.scans] is for kinds 'dicom' and 'nifti', and this one is {self.kind!r}",
         )
 
+    @property
+    def names_patients(self) -> bool:
+        """Whether the mapping says which patient a record is of; else each record is its own."""
+        if self.table is not None:
+            return not self.table.one_row_per_patient
+        if self.kind == "image-folder":
+            return not self.images.one_image_per_patient
+        return self.kind != "npz"
+
 
 def read_source(config: SourceConfig, folder: Path, task: TaskPlan) -> Reading:
     """Read all records as the plan's inputs and labels.

@@ -34,7 +34,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from simulations.audits.families import probe, target_of  # noqa: PLC0415  # torch: seconds
+    from simulations.audits.families import attack, target_of  # noqa: PLC0415  # torch: seconds
     from simulations.audits.finding import AuditOptions, violated  # noqa: PLC0415
     from simulations.audits.shown import as_json, print_findings, summary  # noqa: PLC0415
     from simulations.audits.steps import Steps  # noqa: PLC0415
@@ -44,7 +44,7 @@ def _run(arguments: argparse.Namespace) -> int:
     fit_threads(target.plan)
     steps = Steps(sys.stderr)
     options = AuditOptions(arguments.seed, arguments.quick, steps.say)
-    findings = probe(arguments.family)(target, options)
+    findings = attack(arguments.family, target, options)
     steps.finish()
     if arguments.json:
         print(as_json(findings, plan_sha256=target.plan.sha256))

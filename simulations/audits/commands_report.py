@@ -126,7 +126,7 @@ def _report(arguments: argparse.Namespace) -> int:
 def _attack(
     arguments: argparse.Namespace, steps: Steps, seconds: dict[str, float]
 ) -> list[Finding]:
-    from simulations.audits.families import probe, target_of  # noqa: PLC0415
+    from simulations.audits.families import attack, target_of  # noqa: PLC0415
     from simulations.audits.finding import AuditOptions  # noqa: PLC0415
     from simulations.run import fit_threads  # noqa: PLC0415
 
@@ -142,7 +142,7 @@ def _attack(
         def say(step: str, share: float, place: int = place, name: str = name) -> None:
             steps.say(f"{name.replace('_', '-')}: {step}", (place + share) / len(chosen))
 
-        findings += probe(name)(target, AuditOptions(arguments.seed, arguments.quick, say))
+        findings += attack(name, target, AuditOptions(arguments.seed, arguments.quick, say))
         seconds[name] = time.monotonic() - started
     return findings
 

@@ -13,6 +13,7 @@ from shared import plan as plans
 from shared.config import read_toml
 from shared.errors import ConfigError
 from shared.plan import StudyPlan
+from simulations.audits.family_names import TRAINING
 from simulations.audits.finding import AuditOptions, AuditTarget, Finding
 from simulations.hospitals import Hospital, load_hospitals
 from simulations.scenario import list_scenarios, load_scenario
@@ -23,6 +24,26 @@ Probe = Callable[[AuditTarget, AuditOptions], list[Finding]]
 def probe(name: str) -> Probe:
     """The function of a family, by its module's name."""
     return cast(Probe, importlib.import_module(f"simulations.audits.{name}").run)
+
+
+def attack(name: str, target: AuditTarget, options: AuditOptions) -> list[Finding]:
+    """What one family finds; "not testable" where the plan has nothing that it could attack."""
+    if target.plan.learns or name not in TRAINING:
+        return probe(name)(target, options)
+    found = Finding(
+        probe=name,
+        name="training",
+        claim="What leaves in training keeps its promise.",
+        statistic="none",
+        value=None,
+        interval=None,
+        alpha=0.0,
+        assumptions=(),
+        verdict="not testable",
+        explanation="This study counts and trains nothing: no update leaves, and no model. What "
+        "leaves are noised counts; the family `implementation` looks at them.",
+    )
+    return [found]
 
 
 def target_of(text: str, data: str | None = None) -> AuditTarget:

@@ -14,6 +14,9 @@ FAMILIES = {
     "reconstruction": "pictures from updates: in the clear, under noise, and as the server sees it",
 }
 
+TRAINING = ("neighbour", "one_run", "membership", "reconstruction")
+"""Families that attack training; a study that trains nothing gives them nothing to attack."""
+
 
 def families() -> dict[str, str]:
     """The families whose module is installed, by name; what an audit ran is in its record."""
