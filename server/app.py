@@ -14,6 +14,7 @@ from server.outcome import Observer, StudyOutcome
 from server.rounds import Study
 from server.transport import GridTransport
 from shared.bundle import RUN_FOLDER
+from shared.child import end_after_parent
 from shared.plan import StudyPlan
 
 Finished = Callable[[StudyOutcome, GridTransport], None]
@@ -93,5 +94,6 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Work on the run whose folder the coordinator's run config names."""
+    end_after_parent()
     folder = RunFolder(Path(str(context.run_config[RUN_FOLDER])))
     work(grid, context, folder, make_server_app)

@@ -17,21 +17,43 @@ import time
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 2.0
 
+SUPERVISOR = "FEDWARD_SUPERVISOR"
+"""In the environment of all that a supervisor starts: its process id."""
+
 
 def die_with_parent() -> None:
     """End this process soon after its parent ended, however that ended."""
-    parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    end_after_parent()
 
 
-def _watch(parent: int) -> None:
-    while os.getppid() == parent:
+def end_after_parent() -> None:
+    """End this process within seconds once its parent or the supervisor above it has ended.
+
+    For what a child of the supervisor starts, such as the ServerApp: were it left behind, it would
+    hold the lock of its run, and `run` would wait for it.
+    """
+    supervisor = int(os.environ.get(SUPERVISOR, "0"))
+    threading.Thread(target=_watch, args=(os.getppid(), supervisor), daemon=True).start()
+
+
+def _watch(parent: int, supervisor: int) -> None:
+    while os.getppid() == parent and (not supervisor or _runs(supervisor)):
         time.sleep(_LOOK_S)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(5 * _LOOK_S)
     os._exit(1)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from shared.child import SUPERVISOR
 from shared.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -226,7 +227,7 @@ class Supervisor:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            env={**self._env, **child.env},
+            env={**self._env, **child.env, SUPERVISOR: str(os.getpid())},
             start_new_session=True,
         )
         running.process, running.since = process, now

@@ -77,7 +77,7 @@ def replay(live: Deployment, run_id: str, *, everyone: bool = False) -> Replay:
     contributors = {r["round"]: set(r["contributors"]) for r in live.rounds()}
     faults = no_faults if everyone else absent_from(contributors)
     done: list[StudyOutcome] = []
-    with tempfile.TemporaryDirectory() as base, _watched() as updates, _patient():
+    with tempfile.TemporaryDirectory() as base, _watched() as updates, asked_always():
         folders = {name: Path(base) / name for name in live.names}
         roster = write_sites(
             Path(base), live.plan, live.hospitals, seed=live.scenario.simulation.seed, device="cpu"
@@ -101,7 +101,7 @@ def replay(live: Deployment, run_id: str, *, everyone: bool = False) -> Replay:
 
 
 @contextmanager
-def _patient() -> Iterator[None]:
+def asked_always() -> Iterator[None]:
     """Asks every site in every round, however often it was missing.
 
     In a deployment a site that was missing is asked ever more rarely, or at once where a new epoch

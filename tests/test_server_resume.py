@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from shared.secagg.messages import Descriptor, Opening
 from shared.study import Present, Receipt, RoundRequest, SignedPresent
 from simulations.grid import Delivery, Direction, FaultHook, InProcessGrid
 from simulations.hospitals import load_hospitals
+from simulations.replay import absent_from, asked_always
 from simulations.scenario import load_scenario
 from simulations.sites import write_sites
 
 RUN = "run-1"
+DOWN = Direction.TO_SITE
 
 
 class KilledError(BaseException):
@@ -84,12 +87,17 @@ class Hospitals:
     def _finished(self, outcome: StudyOutcome, transport: GridTransport) -> None:
         self.outcome = outcome
 
-    def until_done(self, faults: FaultHook) -> StudyOutcome:
-        """Start the server again each time that it is killed."""
-        while self.outcome is None and self.starts < 20:
+    def until_done(
+        self,
+        faults: FaultHook,
+        starts: int = 20,
+        stops: tuple[type[BaseException], ...] = (KilledError,),
+    ) -> StudyOutcome:
+        """Start the server again each time that it is killed, or stops for one of `stops`."""
+        while self.outcome is None and self.starts < starts:
             try:
                 self.serve(faults)
-            except KilledError:
+            except stops:
                 forget_sites()
         assert self.outcome is not None, "it makes no progress"
         return self.outcome
@@ -214,6 +222,50 @@ def test_a_server_killed_again_and_again_gets_there(hospitals: Callable[..., Hos
     assert study.starts >= 4
     assert facts(study) == facts(undisturbed)
     assert sorted(r.round_no for r in study.reports) == [r.round_no for r in outcome.reports]
+
+
+class Reaper:
+    """Kills at random, by a seed: the server between two messages, a site before or after work."""
+
+    def __init__(self, seed: int) -> None:
+        self.chance = random.Random(seed)
+        self.killed: list[str] = []
+
+    def __call__(self, site: str, action: str, direction: Direction, body: bytes) -> Delivery:
+        drawn = self.chance.random()
+        if drawn < 0.02:
+            self.killed.append(f"server at {action}")
+            raise KilledError
+        if drawn < 0.05:
+            self.killed.append(f"{site} {'before' if direction is DOWN else 'after'} {action}")
+            forget_sites()
+            return Delivery(())
+        return Delivery((body,))
+
+
+@pytest.mark.slow
+def test_twenty_rounds_outlive_thirty_kills_of_sites_and_server(
+    hospitals: Callable[..., Hospitals],
+) -> None:
+    """The model is that of the same rounds without kills; nobody is charged too little or twice."""
+    reaper, plan = Reaper(1), ("training.rounds=20", "training.spare_rounds=40")
+    study = hospitals(*plan)
+    outcome = study.until_done(reaper, starts=100, stops=(KilledError, CohortError))
+    assert len(reaper.killed) >= 30
+    assert {kill.split()[0] for kill in reaper.killed} == {"server", *study.roster}
+    contributors = {r.round_no: set(r.contributors) for r in outcome.reports}
+    with asked_always():
+        calm = hospitals(*plan).until_done(absent_from(contributors))
+    assert calm.state.digest() == outcome.state.digest()
+    assert {r.round_no: set(r.contributors) for r in calm.reports} == contributors
+    for name in study.roster:
+        folder = SiteFolder(study.base / name)
+        with closing(folder.books(folder.config(), folder.identity())) as books:
+            books.ledger.verify()
+            charged = [(c.epoch, c.round_no) for c in books.ledger.charges(RUN)]
+        assert len(set(charged)) == len(charged)
+        trained = {r.round_no for r in outcome.reports if r.trained and name in r.contributors}
+        assert trained <= {number for _, number in charged}
 
 
 @pytest.mark.parametrize("moment", ["before", "torn", "after"])

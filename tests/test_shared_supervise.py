@@ -36,6 +36,17 @@ def stubborn():
     print("grandchild", grandchild.pid, flush=True)
     time.sleep(600)
 
+def starts_another(file, careful):
+    """As Flower's SuperExec starts the ServerApp."""
+    code = "import time; from shared import child; child.%s(); time.sleep(600)"
+    code %= "end_after_parent" if careful == "careful" else "__doc__.upper"
+    other = subprocess.Popen([sys.executable, "-c", code])
+    open(file, "w").write(str(other.pid))
+    time.sleep(600)
+
+def careful_or_not():
+    starts_another(*sys.argv[1:])
+
 def dies():
     print("dying", flush=True)
     raise SystemExit(3)
@@ -158,6 +169,42 @@ def test_children_end_when_the_supervisor_is_killed(tmp_path: Path) -> None:
     finally:
         up.kill()
         up.wait()
+
+
+@pytest.mark.parametrize("how", ["careful", "careless"])
+def test_what_a_child_started_ends_with_a_killed_supervisor_only_if_it_looks(
+    tmp_path: Path, how: str
+) -> None:
+    """The ServerApp is such a one: left behind it would hold its run for ever."""
+    (tmp_path / "kids.py").write_text(CHILDREN)
+    code = (
+        "import sys; from pathlib import Path; from shared.supervise import *\n"
+        "base = Path(sys.argv[1])\n"
+        "child = Child('starter', 'kids:careful_or_not', (str(base / 'pid'), sys.argv[2]))\n"
+        "Supervisor([child], logs=base / 'logs',"
+        " health=base / 'health.json', env=environment(base / 'home')).run()\n"
+    )
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    up = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), how], env=env)
+    other = 0
+    try:
+        wait_for(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+        other = int((tmp_path / "pid").read_text())
+        starter = json.loads((tmp_path / "health.json").read_text())["processes"]["starter"]["pid"]
+        time.sleep(1.0)  # until it looks
+        up.kill()
+        up.wait()
+        wait_for(lambda: not alive(starter))
+        if how == "careful":
+            wait_for(lambda: not alive(other))
+        else:
+            time.sleep(3.0)
+            assert alive(other)
+    finally:
+        up.kill()
+        up.wait()
+        if other and alive(other):
+            os.kill(other, signal.SIGKILL)
 
 
 def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
