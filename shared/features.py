@@ -54,7 +54,7 @@ def feature_width(task: TaskPlan) -> int:
     """
     if task.image is not None and task.image.features == "scattering":
         return scattering_width(task.image.channels, task.image.cells)
-    if task.image is not None and task.image.features != "pixels":
+    if task.image is not None and task.image.tabular:
         return PRETRAINED_WIDTHS[task.image.features]
     return len(column_names(task))
 
@@ -156,13 +156,14 @@ def image_inputs(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.fl
 
 def features_of_scaled(image: ImagePlan, scaled: NDArray[np.float32]) -> NDArray[np.float32]:
     """The second half of `image_inputs`, for readers that scale images themselves."""
-    if image.features == "pixels":
+    if image.pixels:
         return scaled
     if image.features == "scattering":
         return scattering(scaled, image.cells)
     from shared.pretrained import pretrained  # noqa: PLC0415  # torch takes seconds to import
 
-    return pretrained(scaled, image.features, image.weights_sha256)
+    maps = image.trainable == "last-stage"
+    return pretrained(scaled, image.features, image.weights_sha256, maps=maps)
 
 
 def scale_pixels(image: ImagePlan, pixels: NDArray[np.generic]) -> NDArray[np.float32]:

@@ -421,9 +421,7 @@ class StudyPlan:
         if training.augment.variants:
             image = self.task.image
             require(
-                image is not None
-                and image.features == "pixels"
-                and training.sample_rate is not None,
+                image is not None and image.pixels and training.sample_rate is not None,
                 "training: augment needs images, as pixels, and a sample_rate",
             )
         require(self.model != NO_MODEL, "the table [model] is missing. Name a model.")

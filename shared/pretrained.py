@@ -1,9 +1,9 @@
-"""Fixed features of an image by a pretrained ResNet, for a head that is trained on top of it.
+"""A pretrained ResNet's weights, and fixed features of an image by it, for a head on top of it.
 
 The weights are a file in torchvision's layout, which the plan pins by sha256 and the site's own
 people put in place; nothing is downloaded. The network is frozen, its BatchNorm with it: every
 record's features come from that record and public constants alone, so they cost no privacy, and
-they are computed once, when the data are prepared.
+they are computed once, when the data are prepared. What trains on is in shared/models/resnet.py.
 
 Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1 (torchvision
 puts a bottleneck's stride into its 3 x 3 convolution). For the use, Tramèr and Boneh,
@@ -32,15 +32,17 @@ from shared.features import PRETRAINED_WIDTHS
 FOLDER = "FEDWARD_WEIGHTS"
 """Environment variable: the folder that holds SHA256.safetensors."""
 
-_BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
+BLOCKS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
 _MEAN, _SPREAD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, of pixels in [0, 1]
 _PIECE = 32
-_EPS = 1e-5
+EPS = 1e-5
 
 Weights = Mapping[str, Tensor]
 
 
-def pretrained(pixels: NDArray[np.float32], name: str, sha256: str) -> NDArray[np.float32]:
+def pretrained(
+    pixels: NDArray[np.float32], name: str, sha256: str, *, maps: bool = False
+) -> NDArray[np.float32]:
     """Features of images, each record's from that record alone.
 
     Args:
@@ -48,26 +50,40 @@ def pretrained(pixels: NDArray[np.float32], name: str, sha256: str) -> NDArray[n
             as grey.
         name: resnet18 or resnet50.
         sha256: Of the weights' file, 64 hex digits.
+        maps: The third stage's maps, for a last stage that is trained, in place of features.
 
     Returns:
-        float32, shape (records, PRETRAINED_WIDTHS[name]); each row of length 1.
+        float32, shape (records, PRETRAINED_WIDTHS[name]), each row of length 1; or maps of shape
+        (records, *map_shape(name, height, width)).
 
     Raises:
         ConfigError: the file is not there, is another one, or does not hold this network.
     """
-    weights = _weights(name, sha256)
+    weights = weights_of(name, sha256)
     parts = [
-        _features(torch.from_numpy(pixels[i : i + _PIECE]), name, weights).numpy()
+        _features(torch.from_numpy(pixels[i : i + _PIECE]), name, weights, maps=maps).numpy()
         for i in range(0, len(pixels), _PIECE)
     ]
-    empty = np.zeros((0, PRETRAINED_WIDTHS[name]), dtype=np.float32)
-    return np.concatenate([empty, *parts])
+    shape = map_shape(name, *pixels.shape[2:]) if maps else (PRETRAINED_WIDTHS[name],)
+    return np.concatenate([np.zeros((0, *shape), dtype=np.float32), *parts])
+
+
+def map_shape(name: str, height: int, width: int) -> tuple[int, int, int]:
+    """Channels, height and width of the third stage's maps of an image."""
+    return PRETRAINED_WIDTHS[name] // 2, -(-height // 16), -(-width // 16)
+
+
+def imagenet(images: Tensor) -> Tensor:
+    """Images in [-1, 1] of 1 or 3 channels as the network was trained on: three, standardised."""
+    shape = (1, 3, 1, 1)
+    mean, spread = images.new_tensor(_MEAN).view(shape), images.new_tensor(_SPREAD).view(shape)
+    return ((images.expand(-1, 3, -1, -1) + 1) / 2 - mean) / spread
 
 
 def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the network reads, in torchvision's layout."""
     shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)} | _norm("bn1", 64)
-    bottleneck = _expansion(name) == 4
+    bottleneck = expansion(name) == 4
     for block, width_in, width, out, _ in _layout(name):
         if bottleneck:
             sizes = [(width, width_in, 1, 1), (width, width, 3, 3), (out, width, 1, 1)]
@@ -81,14 +97,14 @@ def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def _features(images: Tensor, name: str, weights: Weights) -> Tensor:
-    shape = (1, 3, 1, 1)
-    grey = images.expand(-1, 3, -1, -1)
-    x = ((grey + 1) / 2 - torch.tensor(_MEAN).view(shape)) / torch.tensor(_SPREAD).view(shape)
+def _features(images: Tensor, name: str, weights: Weights, *, maps: bool) -> Tensor:
     with torch.inference_mode():
+        x = imagenet(images)
         x = functional.relu(_conv(x, weights, "conv1", "bn1", stride=2, padding=3))
         x = functional.max_pool2d(x, 3, stride=2, padding=1)
         for block, width_in, _, out, stride in _layout(name):
+            if maps and block == "layer4.0":
+                return x
             kept = x
             if _has_shortcut(block, width_in, out):
                 kept = _conv(
@@ -100,7 +116,7 @@ def _features(images: Tensor, name: str, weights: Weights) -> Tensor:
 
 def _block(x: Tensor, weights: Weights, block: str, name: str, stride: int) -> Tensor:
     """A block's convolutions, without the shortcut and the last ReLU."""
-    basic = _expansion(name) == 1
+    basic = expansion(name) == 1
     steps = [(stride, 1), (1, 1)] if basic else [(1, 0), (stride, 1), (1, 0)]
     for i, (step, padding) in enumerate(steps, start=1):
         x = functional.relu(x) if i > 1 else x
@@ -115,16 +131,16 @@ def _conv(
     x = functional.conv2d(x, weights[f"{conv}.weight"], stride=stride, padding=padding)
     mean, variance = weights[f"{norm}.running_mean"], weights[f"{norm}.running_var"]
     scale, shift = weights[f"{norm}.weight"], weights[f"{norm}.bias"]
-    return functional.batch_norm(x, mean, variance, scale, shift, training=False, eps=_EPS)
+    return functional.batch_norm(x, mean, variance, scale, shift, training=False, eps=EPS)
 
 
 def _layout(name: str) -> Iterator[tuple[str, int, int, int, int]]:
     """(name, channels in, inner channels, channels out, stride) of every block."""
     width_in = 64
-    for stage, blocks in enumerate(_BLOCKS[name]):
+    for stage, blocks in enumerate(BLOCKS[name]):
         width = 64 << stage
         for i in range(blocks):
-            out = width * _expansion(name)
+            out = width * expansion(name)
             yield f"layer{stage + 1}.{i}", width_in, width, out, 2 if stage and not i else 1
             width_in = out
 
@@ -133,7 +149,8 @@ def _has_shortcut(block: str, width_in: int, out: int) -> bool:
     return block.endswith(".0") and (width_in != out or not block.startswith("layer1"))
 
 
-def _expansion(name: str) -> int:
+def expansion(name: str) -> int:
+    """How much wider a block's output is than its inner layers."""
     return PRETRAINED_WIDTHS[name] // 512
 
 
@@ -143,7 +160,8 @@ def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:
 
 
 @lru_cache(maxsize=2)
-def _weights(name: str, sha256: str) -> Weights:
+def weights_of(name: str, sha256: str) -> Weights:
+    """The tensors of the plan's file; ConfigError as for `pretrained`."""
     folder = os.environ.get(FOLDER, "")
     path = Path(folder) / f"{sha256}.safetensors"
     try:

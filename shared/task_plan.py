@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from shared.config import require
+from shared.config import later, require
 from shared.errors import ConfigError
 
 SCATTERING_STEP = 4
@@ -66,6 +66,9 @@ class ImagePlan:
     (shared/scattering.py), averaged over cells x cells parts of it; a table's models train on them.
     So they do on "resnet18" and "resnet50": features by a frozen, pretrained network whose
     weights' file, in torchvision's layout, `weights_sha256` pins (shared/pretrained.py).
+    `trainable` says how much of that network the study trains on: "head" nothing of it, only what
+    is put on top; "last-stage" its fourth stage, by the model of the network's name, on maps that
+    are computed once; "all" the whole of it, from the pixels.
     """
 
     channels: int
@@ -77,6 +80,7 @@ class ImagePlan:
     features: Literal["pixels", "scattering", "resnet18", "resnet50"] = "pixels"
     cells: int = 1
     weights_sha256: str = ""
+    trainable: Literal["head", "last-stage", "all"] = later("head")
 
     def __post_init__(self) -> None:
         require(self.channels in (1, 3), f"channels is {self.channels}; valid: 1 or 3")
@@ -101,12 +105,26 @@ class ImagePlan:
         require(
             not (frozen and self.depth), f"features {self.features!r} needs a flat image: depth 0"
         )
+        require(
+            frozen or self.trainable == "head",
+            f"trainable {self.trainable!r} is for features 'resnet18' or 'resnet50'",
+        )
         if self.features == "scattering":
             require(
                 self.depth == self.height % SCATTERING_STEP == self.width % SCATTERING_STEP == 0,
                 "features 'scattering' needs a flat image, height and width in multiples of "
                 f"{SCATTERING_STEP}",
             )
+
+    @property
+    def pixels(self) -> bool:
+        """Whether a record is the image itself, which may be augmented."""
+        return self.features == "pixels" or self.trainable == "all"
+
+    @property
+    def tabular(self) -> bool:
+        """Whether a record is a row of features, for a table's models."""
+        return not self.pixels and self.trainable == "head"
 
     @property
     def grid(self) -> tuple[int, ...]:

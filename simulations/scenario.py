@@ -2,7 +2,7 @@
 
 [simulation] says where the patients come from and how they are dealt out to hospitals; [plan]
 is a study plan as in shared/plan.py, and could be given to real hospitals as it stands.
-[distributed], if present, holds the values of the plan that differ in privacy mode `distributed`.
+[distributed] and [none], if present, hold the values of the plan that differ in that privacy mode.
 With `base = "NAME"` at its top a file holds only what differs from another scenario.
 """
 
@@ -139,13 +139,13 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _with_overrides(table: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Apply the overrides; a table [distributed] holds the plan's values for that mode."""
-    other = table.pop("distributed", {})
+    """Apply the overrides; [distributed] and [none] hold the plan's values for those modes."""
+    others = {mode: table.pop(mode, {}) for mode in ("distributed", "none")}
     changed = copy.deepcopy(table)
     for override in overrides:
         _apply(changed, override)
-    privacy = changed.get("plan", {}).get("privacy", {})
-    if not other or privacy.get("mode") != "distributed":
+    other = others.get(changed.get("plan", {}).get("privacy", {}).get("mode"))
+    if not other:
         return changed
     _merge(table.setdefault("plan", {}), other)
     for override in overrides:

@@ -26,7 +26,8 @@ from client.noise import ChaChaRandom
 from client.training import LocalTrainer
 from shared.errors import ConfigError, SensitivityError
 from shared.models import initial_parameters
-from shared.models.image import ResNet18, SmallCnn
+from shared.models.image import SmallCnn
+from shared.models.resnet import ResNet
 
 CLOSE = 1e-5  # relative
 
@@ -271,8 +272,8 @@ def test_cancelling_gradients_are_not_believed_from_gram_matrices(
     ("module", "shape"),
     [
         (lambda: SmallCnn(1, 8), (1, 28, 28)),
-        (lambda: ResNet18(1, 8, small_stem=True), (1, 16, 16)),
-        (lambda: ResNet18(3, 8, small_stem=False), (3, 80, 80)),
+        (lambda: ResNet("resnet18", 1, 8, small_stem=True), (1, 16, 16)),
+        (lambda: ResNet("resnet18", 3, 8, small_stem=False), (3, 80, 80)),
         (lambda: nn.Sequential(Attention(8, 2), nn.Flatten(), nn.Linear(48, 1)), (6, 8)),
         (lambda: nn.Sequential(nn.Conv1d(2, 4, 3), nn.Flatten(), nn.Linear(24, 1)), (2, 8)),
         (lambda: nn.Sequential(nn.Conv3d(1, 4, 3), nn.Flatten(), nn.Linear(108, 1)), (1, 5, 5, 5)),

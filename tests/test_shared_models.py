@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -24,7 +25,9 @@ from shared.models import (
     parameter_spec,
     read_parameters,
 )
-from shared.models.image import ResNet18, group_norm
+from shared.models.image import group_norm
+from shared.models.resnet import ResNet
+from shared.models.vit import patch_side
 from shared.plan import StudyPlan
 from shared.task_plan import FeaturePlan, TaskPlan
 
@@ -133,9 +136,50 @@ def test_the_start_depends_on_the_plan_seed_and_on_no_torch_seed() -> None:
 
 def test_resnet18_has_the_published_size() -> None:
     with torch.device("meta"):
-        model = ResNet18(3, 64, small_stem=False)
+        model = ResNet("resnet18", 3, 64, small_stem=False)
     # He et al. 2016, with 1,000 classes: 11,689,512, of which the head is 513,000; here 513.
     assert sum(p.numel() for p in model.parameters()) == 11_689_512 - 513_000 + 513
+
+
+def test_resnet50_has_the_published_size() -> None:
+    with torch.device("meta"):
+        model = ResNet("resnet50", 3, 64, small_stem=False)
+    # He et al. 2016, with 1,000 classes: 25,557,032, of which the head is 2,049,000; here 2,049.
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032 - 2_049_000 + 2_049
+
+
+def test_a_missing_value_has_a_learned_token() -> None:
+    plan = make_plan("ft-transformer", model={"width": 8})
+    feature = FeaturePlan("x", minimum=-1.0, maximum=1.0, missing="indicator")
+    plan = replace(plan, task=replace(plan.task, features=(feature,)))
+    model, missing = build_model(plan), torch.tensor([[0.0, 1.0]])
+    middle = torch.tensor([[0.0, 0.0]])
+    assert not torch.allclose(model(missing), model(middle))
+    model(missing).sum().backward()
+    token = model.get_submodule("tokens.0").weight.grad
+    assert token is not None
+    assert float(token[:, 0].abs().max()) == 0  # the value is 0: its vector is not in it
+    assert float(token[:, 1].abs().max()) > 0
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (make_plan("ft-transformer", image=24), "reads a table's features"),
+        (make_plan("ft-transformer", model={"width": 7}), "an even one of 8 or more"),
+        (make_plan("vit", image=24, model={"width": 6}), "an even one of 8 or more"),
+        (make_plan("vit"), "needs an image"),
+    ],
+)
+def test_a_transformer_that_does_not_fit_is_refused(plan: StudyPlan, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_model(plan)
+
+
+def test_an_image_that_does_not_divide_into_patches_is_refused() -> None:
+    assert patch_side(28, 28) == 4
+    with pytest.raises(ConfigError, match="at most 64 equal"):
+        patch_side(97, 89)
 
 
 @given(st.integers(1, 600))

@@ -15,10 +15,12 @@ from torch.nn import functional
 from training_cases import make_data, make_plan
 
 from client.guard import check_sensitivity
+from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
+from shared.config import canonical_json
 from shared.errors import ConfigError
-from shared.features import PRETRAINED_WIDTHS, image_inputs
-from shared.models import build_model, initial_parameters, input_shape
+from shared.features import PRETRAINED_WIDTHS, features_of_scaled, image_inputs
+from shared.models import build_model, initial_parameters, input_shape, load_parameters
 from shared.plan import StudyPlan, from_bytes
 from shared.pretrained import FOLDER, pretrained, weight_shapes
 from shared.task_plan import ImagePlan
@@ -190,3 +192,78 @@ def test_a_head_trains_on_the_features(folder: Path) -> None:
 def test_a_plan_pins_the_weights(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ImagePlan(channels=1, height=32, width=32, **settings)  # type: ignore[arg-type]
+
+
+def fine_tuned(sha256: str, trainable: str, name: str = "resnet18") -> StudyPlan:
+    plan = make_plan("cnn", image=24, model={"init_seed": 3})
+    image = ImagePlan(
+        channels=1, height=24, width=24, features=name, weights_sha256=sha256, trainable=trainable
+    )  # type: ignore[arg-type]
+    return replace(plan, task=replace(plan.task, image=image), model=replace(plan.model, name=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "trainable"),
+    [("resnet18", "last-stage"), ("resnet18", "all"), ("resnet50", "last-stage")],
+)
+def test_fine_tuning_starts_at_the_files_own_network(
+    name: str, trainable: str, folder: Path
+) -> None:
+    sha256 = store(folder, {k: v.contiguous() for k, v in network(name).state_dict().items()})
+    plan = fine_tuned(sha256, trainable, name)
+    assert from_bytes(plan.canonical_bytes) == plan
+    image, module = plan.task.image, build_model(plan)
+    assert image is not None
+    load_parameters(module, initial_parameters(plan))
+    pixels = np.random.default_rng(0).uniform(-1, 1, (3, 1, 24, 24)).astype(np.float32)
+    inputs = features_of_scaled(image, pixels)
+    assert inputs.shape == (3, *input_shape(plan))
+    seen: list[Tensor] = []
+    head = module.get_submodule("head")
+    head.register_forward_pre_hook(lambda layer, given: seen.append(given[0]))
+    with torch.no_grad():
+        module(torch.from_numpy(inputs))
+    np.testing.assert_allclose(seen[0].numpy(), pretrained(pixels, name, sha256), atol=1e-5)
+
+
+@pytest.mark.parametrize("trainable", ["last-stage", "all"])
+def test_both_engines_sum_the_same_gradients_of_a_fine_tuned_network(
+    trainable: str, folder: Path
+) -> None:
+    plan = fine_tuned(store(folder, dict(network("resnet18").state_dict())), trainable)
+    data, start = make_data(plan, patients=4), initial_parameters(plan)
+    sums = []
+    for engine in ("auto", "hooks"):
+        trainer = LocalTrainer(plan, "site-0", data, 1.0, "cpu", engine=engine)
+        random = ChaChaRandom(simulation_key(1, "site-0"))
+        sums.append(trainer.clipped_sum(start, random, 1).update)
+    np.testing.assert_allclose(sums[0], sums[1], atol=1e-5 * float(np.abs(sums[1]).max()))
+
+
+@pytest.mark.slow
+def test_a_fine_tuned_network_keeps_the_clip_norm(folder: Path) -> None:
+    plan = fine_tuned(store(folder, dict(network("resnet18").state_dict())), "last-stage")
+    assert 0.5 < check_sensitivity(plan, "cpu").sensitivity <= 1 + 1e-4
+
+
+def test_a_released_model_needs_no_weights_file_and_training_does(folder: Path) -> None:
+    plan = fine_tuned("0" * 64, "last-stage")
+    build_model(plan)
+    with pytest.raises(ConfigError, match="are not here"):
+        initial_parameters(plan)
+
+
+def test_fine_tuning_of_another_network_is_refused() -> None:
+    plan = fine_tuned("0" * 64, "all")
+    with pytest.raises(ConfigError, match="fine-tunes a resnet18, and its model is 'resnet50'"):
+        build_model(replace(plan, model=replace(plan.model, name="resnet50")))
+    with pytest.raises(ConfigError, match="needs a table"):
+        build_model(replace(plan, model=replace(plan.model, name="logistic")))
+    with pytest.raises(ConfigError, match="trainable 'all' is for features"):
+        ImagePlan(channels=1, height=32, width=32, trainable="all")
+
+
+def test_a_plan_without_the_new_key_keeps_its_hash() -> None:
+    image = ImagePlan(channels=1, height=32, width=32)
+    assert b"trainable" not in canonical_json(image)
+    assert b"trainable" in canonical_json(fine_tuned("0" * 64, "all"))

@@ -82,13 +82,16 @@ FITS = [
     *(("trees", kind) for kind in KINDS),
     *(("cnn", kind) for kind in KINDS),
     ("logistic", "multiclass"), ("pooled-linear", "survival"), ("cnn3d", "multiclass"),
+    *((name, kind) for name in ("ft-transformer", "vit") for kind in KINDS),
     ("resnet18", "regression"), ("cox", "survival"), ("linear", "regression"),
 ]  # fmt: skip
+
+WIDTHS = {"ft-transformer": 8, "vit": 8}
 
 
 @pytest.mark.parametrize(("name", "kind"), FITS)
 def test_every_record_is_answered_by_itself(name: str, kind: str) -> None:
-    plan = model_plan(name, kind, model={"width": 4})
+    plan = model_plan(name, kind, model={"width": WIDTHS.get(name, 4)})
     model, outputs = build_model(plan), task_kind(plan.task).outputs(plan.task)
     inputs = torch.rand((5, *input_shape(plan)), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -102,16 +105,17 @@ def test_every_record_is_answered_by_itself(name: str, kind: str) -> None:
     ("name", "kind"),
     [("mlp", "multiclass"), ("mlp", "regression"), ("mlp", "survival"), ("cnn", "multiclass"),
      ("cox", "survival"), ("logistic", "multiclass"), ("trees", "multiclass"),
-     ("trees", "regression"), ("trees", "survival")],
+     ("trees", "regression"), ("trees", "survival"),
+     ("ft-transformer", "binary"), ("vit", "multiclass")],
 )  # fmt: skip
 def test_one_patient_moves_the_sum_by_at_most_the_clip_norm(name: str, kind: str) -> None:
-    plan = model_plan(name, kind, model={"width": 4})
+    plan = model_plan(name, kind, model={"width": WIDTHS.get(name, 4)})
     assert 0.5 < check_sensitivity(plan, "cpu").sensitivity <= 1 + 1e-4
 
 
 @pytest.mark.parametrize(("name", "kind"), FITS)
 def test_both_engines_sum_the_same_clipped_gradients(name: str, kind: str) -> None:
-    plan = model_plan(name, kind, model={"width": 4}, privacy={"clip_norm": 0.3})
+    plan = model_plan(name, kind, model={"width": WIDTHS.get(name, 4)}, privacy={"clip_norm": 0.3})
     data = make_data(plan, patients=12)
     sums = [
         LocalTrainer(plan, "site-0", data, 1.0, "cpu", engine=engine).clipped_sum(

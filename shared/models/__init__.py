@@ -18,9 +18,10 @@ from torch.nn.modules.batchnorm import _NormBase as BatchStatisticsNorm
 from shared.errors import ConfigError
 from shared.features import feature_width
 from shared.keystream import PublicStream
-from shared.models import image, table, trees
+from shared.models import ft_transformer, image, resnet, table, trees, vit
 from shared.parameters import FlatVector, ParameterSpec
 from shared.plan import StudyPlan
+from shared.pretrained import map_shape
 
 BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
     "logistic": table.logistic,
@@ -28,16 +29,21 @@ BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
     "cox": table.cox,
     "mlp": table.mlp,
     "trees": trees.boosted_trees,
+    "ft-transformer": ft_transformer.ft_transformer,
     "cnn": image.cnn,
     "cnn3d": image.cnn3d,
     "pooled-linear": image.pooled_linear,
-    "resnet18": image.resnet18,
+    "resnet18": resnet.resnet,
+    "resnet50": resnet.resnet,
+    "vit": vit.vit,
     "none": lambda plan: nn.Identity(),
 }
 
 
 def build_model(plan: StudyPlan) -> nn.Module:
     """Build the plan's model, float32 on the CPU, at its public starting point.
+
+    A pretrained file is not asked for here: `initial_parameters` has its weights.
 
     Returns:
         A module from inputs (records, *input_shape) to outputs (records,), or (records, outputs)
@@ -68,9 +74,12 @@ def build_model(plan: StudyPlan) -> nn.Module:
 
 def input_shape(plan: StudyPlan) -> tuple[int, ...]:
     """The shape of one record: (features,), or (channels, [depth,] height, width)."""
-    if plan.task.image is None or plan.task.image.features != "pixels":
+    image = plan.task.image
+    if image is None or image.tabular:
         return (feature_width(plan.task),)
-    return (plan.task.image.channels, *plan.task.image.grid)
+    if image.pixels:
+        return (image.channels, *image.grid)
+    return map_shape(image.features, image.height, image.width)
 
 
 def check_model(module: nn.Module) -> None:
@@ -114,8 +123,15 @@ def parameter_spec(module: nn.Module) -> ParameterSpec:
 
 
 def initial_parameters(plan: StudyPlan) -> FlatVector:
-    """The public starting point, float32 (length,); see `ModelPlan`."""
-    return read_parameters(build_model(plan))
+    """The public starting point, float32 (length,); see `ModelPlan`.
+
+    Raises:
+        ConfigError: the plan goes on from a pretrained file that is not here.
+    """
+    module, image = build_model(plan), plan.task.image
+    if image is not None and image.trainable != "head":
+        resnet.load_pretrained(module, image)
+    return read_parameters(module)
 
 
 def starting_point(module: nn.Module, seed: int) -> FlatVector:

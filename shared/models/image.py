@@ -1,4 +1,4 @@
-"""Models for images: a small CNN and ResNet-18, both with GroupNorm.
+"""Models for images: a small CNN with GroupNorm, and a line through coarse pixels.
 
 BatchNorm mixes the records of a batch, which breaks a per-patient guarantee, and its running
 means leave the site un-noised. GroupNorm sees one record at a time.
@@ -18,8 +18,6 @@ from shared.models.table import single
 from shared.plan import StudyPlan
 from shared.task_plan import ImagePlan
 from shared.tasks import task_kind
-
-SMALL_IMAGE = 64  # up to this many pixels a side, ResNet keeps its first layer at full resolution
 
 
 class SmallCnn(nn.Module):
@@ -71,83 +69,21 @@ class PooledLinear(nn.Module):
         return single(self.linear(self.pool(images).flatten(1)))
 
 
-class Block(nn.Module):
-    """ResNet's basic block: two 3 x 3 convolutions beside a shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-        self.norm1 = group_norm(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, padding=1, bias=False)
-        self.norm2 = group_norm(channels_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False),
-                group_norm(channels_out),
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Shape (records, channels_out, h / stride, w / stride)."""
-        y = functional.relu(self.norm1(self.conv1(x)))
-        y = self.norm2(self.conv2(y))
-        return functional.relu(y + self.shortcut(x))
-
-
-class ResNet18(nn.Module):
-    """ResNet-18 with GroupNorm: (records, c, h, w) -> (records,) or (records, outputs).
-
-    `width` is the first stage's channels; 64 is the published network. The small stem, one
-    3 x 3 convolution without pooling, suits images up to 64 pixels.
-
-    Source: He et al., "Deep Residual Learning for Image Recognition", CVPR 2016, table 1;
-    Wu and He, "Group Normalization", ECCV 2018.
-    """
-
-    def __init__(self, channels: int, width: int, outputs: int = 1, *, small_stem: bool) -> None:
-        super().__init__()
-        if small_stem:
-            self.conv1 = nn.Conv2d(channels, width, 3, padding=1, bias=False)
-            self.pool: nn.Module = nn.Identity()
-        else:
-            self.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
-            self.pool = nn.MaxPool2d(3, stride=2, padding=1)
-        self.norm1 = group_norm(width)
-        stages: list[nn.Module] = []
-        for i in range(4):
-            out, before = width << i, width << max(i - 1, 0)
-            stages += [Block(before, out, 1 if i == 0 else 2), Block(out, out, 1)]
-        self.stages = nn.Sequential(*stages)
-        self.head = nn.Linear(width << 3, outputs)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """What the task wants of each record; see shared/tasks.py."""
-        x = self.pool(functional.relu(self.norm1(self.conv1(images))))
-        return single(self.head(self.stages(x).mean((2, 3))))
-
-
 def cnn(plan: StudyPlan) -> nn.Module:
     """The small CNN; `width` is its first layer's channels."""
-    return SmallCnn(_image(plan).channels, plan.model.width, _outputs(plan))
+    return SmallCnn(image_of(plan).channels, plan.model.width, outputs_of(plan))
 
 
 def cnn3d(plan: StudyPlan) -> nn.Module:
     """The small CNN for volumes; `width` is its first layer's channels."""
-    channels = _image(plan, volume=True).channels
-    return SmallCnn(channels, plan.model.width, _outputs(plan), volume=True)
+    channels = image_of(plan, volume=True).channels
+    return SmallCnn(channels, plan.model.width, outputs_of(plan), volume=True)
 
 
 def pooled_linear(plan: StudyPlan) -> nn.Module:
     """Logistic regression on the picture averaged down to `width` cells an axis."""
-    image = _image(plan, volume=plan.task.image is not None and plan.task.image.depth > 0)
-    return PooledLinear(image, plan.model.width, _outputs(plan))
-
-
-def resnet18(plan: StudyPlan) -> nn.Module:
-    """ResNet-18; `width` 64 is the published size. The stem is small up to 64 pixels."""
-    image = _image(plan)
-    small = max(image.height, image.width) <= SMALL_IMAGE
-    return ResNet18(image.channels, plan.model.width, _outputs(plan), small_stem=small)
+    image = image_of(plan, volume=plan.task.image is not None and plan.task.image.depth > 0)
+    return PooledLinear(image, plan.model.width, outputs_of(plan))
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
@@ -156,13 +92,24 @@ def group_norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(next(g for g in range(most, 0, -1) if channels % g == 0), channels)
 
 
-def _outputs(plan: StudyPlan) -> int:
+def outputs_of(plan: StudyPlan) -> int:
+    """How many numbers the plan's task wants of each record."""
     return task_kind(plan.task).outputs(plan.task)
 
 
-def _image(plan: StudyPlan, *, volume: bool = False) -> ImagePlan:
+def image_of(plan: StudyPlan, *, volume: bool = False, hidden: bool = False) -> ImagePlan:
+    """The image that a model of pixels reads.
+
+    Args:
+        plan: The study.
+        volume: Whether the model is for volumes.
+        hidden: Whether it has hidden sizes.
+
+    Raises:
+        ConfigError: the task has no such image, or the plan gives hidden sizes to a model without.
+    """
     name, image = plan.model.name, plan.task.image
-    require(not plan.model.hidden, f"model {name!r} has no hidden sizes; use width")
+    require(hidden or not plan.model.hidden, f"model {name!r} has no hidden sizes; use width")
     if image is None:
         raise ConfigError(f"model {name!r} needs an image, and the task has a table; use mlp")
     require(

@@ -112,7 +112,7 @@ def require_table(plan: StudyPlan, kinds: tuple[str, ...] = ()) -> None:
     """Refuse pixels, and kinds of task that a model is not for; ConfigError."""
     name, image = plan.model.name, plan.task.image
     require(
-        image is None or image.features != "pixels",
+        image is None or image.tabular,
         f"model {name!r} needs a table, and the task has an image; use cnn or resnet18, "
         "or image.features = 'scattering' or a pretrained network's",
     )

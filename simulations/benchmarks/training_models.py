@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from shared.models.image import ResNet18, SmallCnn
+from shared.models.image import SmallCnn
+from shared.models.resnet import ResNet
 from shared.models.table import Perceptron
 
 
@@ -84,7 +85,7 @@ CASES = {
     "mlp": Case(lambda: Perceptron(13, (64, 64)), (13,), 2.2),
     "cnn28": Case(lambda: SmallCnn(1, 16), (1, 28, 28), 1.6, BOTH),
     "cnn64": Case(lambda: SmallCnn(1, 16), (1, 64, 64), 1.6, BOTH),
-    "resnet18": Case(lambda: ResNet18(1, 64, small_stem=True), (1, 64, 64), 1.6, BOTH),
+    "resnet18": Case(lambda: ResNet("resnet18", 1, 64, small_stem=True), (1, 64, 64), 1.6, BOTH),
     "gru": Case(lambda: SeriesGru(16, 64), (64, 16), 2.2),
     "transformer": Case(lambda: SeriesTransformer(16, 64), (64, 16), 2.2),
 }
