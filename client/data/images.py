@@ -155,6 +155,9 @@ def _pixels(file: Path, image: ImagePlan, resize: bool, where: str) -> NDArray[n
             f"{where} is not a readable image. Supported: {', '.join(FORMATS)}. Export it again."
         ) from None
     require(
+        bool(np.isfinite(pixels).all()), f"{where} has a pixel that is no number. Export it again."
+    )
+    require(
         pixels.shape[:2] == (image.height, image.width),
         f"{where} is {pixels.shape[0]} x {pixels.shape[1]} pixels; the plan needs {image.height} x "
         f"{image.width}. Set resize = true, or export that size.",

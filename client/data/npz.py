@@ -91,4 +91,10 @@ def _array(path: Path, name: str, kinds: str, dimensions: tuple[int, ...]) -> ND
         f"{' or '.join(map(str, dimensions))} dimensions of "
         f"{'whole numbers' if 'i' in kinds else 'unsigned or real numbers'}.",
     )
+    finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
+    require(
+        bool(finite.all()),
+        f"{path}: array {name!r} holds a value that is not finite in entry "
+        f"{int(finite.argmin()) + 1 if len(finite) else 0}. Leave it out, or export it again.",
+    )
     return array
