@@ -95,7 +95,10 @@ def _leaves(plan: StudyPlan) -> list[str]:
     text = "Each round one encrypted update, which is opened only as part of a sum. "
     if plan.model.personal:
         text += f"The layers {', '.join(plan.model.personal)} are this hospital's own and stay. "
-    return [*_wrapped(text), *_wrapped(evaluation), *_counted(plan)]
+    more = [f"right and wrong answers by {group.feature}" for group in plan.evaluation.groups]
+    more += ["the mean importance of each feature"] if plan.evaluation.importance_clip else []
+    beside = f" Beside them, likewise: {'; '.join(more)}." if more else ""
+    return [*_wrapped(text), *_wrapped(evaluation + beside), *_counted(plan)]
 
 
 def _counted(plan: StudyPlan) -> list[str]:

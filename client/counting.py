@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
+from numpy.typing import NDArray
 
 from client.data.dataset import PatientDataset
 from client.discrete import discrete_gaussian
 from client.noise import ChaChaRandom
 from shared.counts import CountNoise, Units, count_kind
+from shared.more_counts import moves_of
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.statistics import Records
 
 
+def moves(
+    plan: StudyPlan,
+    data: PatientDataset,
+    outputs: FlatVector,
+    predict: Callable[[NDArray[np.float32]], FlatVector],
+) -> NDArray[np.float64]:
+    """How far each feature moves the model's answer, where the plan releases that; else empty."""
+    if not plan.evaluation.importance_clip:
+        return np.zeros((0, 0))
+    return moves_of(plan.task, data.inputs, outputs, predict)
+
+
 def counts_of(
-    plan: StudyPlan, data: PatientDataset, outputs: FlatVector, noise: CountNoise
+    plan: StudyPlan,
+    data: PatientDataset,
+    outputs: FlatVector,
+    noise: CountNoise,
+    moved: NDArray[np.float64],
 ) -> Units:
     """What one release counts of these patients, in units and without noise; it stays here.
 
@@ -23,11 +43,12 @@ def counts_of(
         data: The patients.
         outputs: What the model says of each record.
         noise: From `count_noise`.
+        moved: From `moves`.
 
     Returns:
         int64, shape (cells,). A patient's records share the weight of one.
     """
-    records = Records(data.patients, data.labels, data.inputs, outputs)
+    records = Records(data.patients, data.labels, data.inputs, outputs, moved)
     return count_kind(plan).count(plan, records, noise.unit)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from client.config import SiteConfig, SiteFolder
 from client.consent import Books, People
-from client.counting import clamped_cells, counts_of, noisy_counts
+from client.counting import clamped_cells, counts_of, moves, noisy_counts
 from client.data.dataset import PatientDataset
 from client.epochs import Epochs
 from client.guard import check_sensitivity
@@ -334,9 +334,12 @@ class SiteRun:
         if noise is None or not self._counts_now():
             return np.zeros(self.layout.counts, dtype=np.int64), {}
         data, outputs = self.counted_data, np.zeros(0, dtype=np.float32)
+        moved = np.zeros((0, 0))
         if self.plan.learns:
-            outputs = self.trainer.predict(self._own.parameters(self.state), data.inputs)
-        counts = counts_of(self.plan, data, outputs, noise)
+            predict = functools.partial(self.trainer.predict, self._own.parameters(self.state))
+            outputs = predict(data.inputs)
+            moved = moves(self.plan, data, outputs, predict)
+        counts = counts_of(self.plan, data, outputs, noise, moved)
         random = self._random.fresh_child(f"counts {round_no}")
         facts: dict[str, object] = {"clamped_cells": clamped_cells(counts, noise)}
         return noisy_counts(counts, noise, random), facts

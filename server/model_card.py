@@ -48,7 +48,8 @@ def model_card(plan: StudyPlan, results: Results) -> dict[str, Any]:
         "intended_use": _use(plan),
         "training_data": _data(plan, results),
         "performance": _performance(results),
-        "fairness": _fairness(plan),
+        "fairness": _fairness(results),
+        "importances": list(facts.get(results, "final", "importances") or []) or NOT_RELEASED,
         "privacy": _privacy(plan, results),
         "caveats": _caveats(plan, results),
     }
@@ -131,8 +132,15 @@ def _performance(results: Results) -> dict[str, Any]:
     }
 
 
-def _fairness(plan: StudyPlan) -> dict[str, Any]:
+def _fairness(results: Results) -> dict[str, Any]:
     """What is known of single groups of patients: what the plan released, and nothing else."""
+    groups = facts.get(results, "final", "groups")
+    if groups:
+        return {
+            "groups": list(groups),
+            "why": "counts of right and wrong answers by group, summed over all hospitals and "
+            "charged to the test patients as the metrics are",
+        }
     return {
         "groups": NOT_RELEASED,
         "why": "the plan releases no counts by group, so nobody but each hospital can say how "

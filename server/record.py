@@ -118,7 +118,7 @@ def server_results(
             "protocol": PROTOCOL_NAME,
         },
         "rounds": _rounds(plan, outcome.reports, readings),
-        "final": {"metrics": last.metrics, **_intervals(last)},
+        "final": {"metrics": last.metrics, **_intervals(last), **_more(last)},
         **({} if plan.learns else {"statistics": _statistics(last)}),
         "privacy": _privacy(plan, outcome),
         "wire": _wire(transport),
@@ -130,6 +130,12 @@ def _intervals(reading: Reading) -> dict[str, Any]:
     if not reading.intervals:
         return {}
     return {"intervals": {name: list(ends) for name, ends in reading.intervals.items()}}
+
+
+def _more(reading: Reading) -> dict[str, Any]:
+    """What the last evaluation released beside the scores."""
+    parts = {"importances": list(reading.importances), "groups": list(reading.groups)}
+    return {name: part for name, part in parts.items() if part}
 
 
 def _statistics(reading: Reading) -> dict[str, Any]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared import outcomes
+from shared import more_counts, outcomes
 from shared.distributed import SMOOTHING, WRAP_DEVIATIONS
 from shared.errors import ConfigError
 from shared.metrics import Reading, read_binary, score_histogram
@@ -158,7 +158,42 @@ def count_kind(plan: StudyPlan) -> CountKind:
     kind = COUNTS.get(plan.task.kind)
     if kind is None:
         raise ConfigError(f"task {plan.task.kind!r} has no counts yet; use release = 'none'")
-    return kind
+    evaluation = plan.evaluation
+    return _with_more(kind) if evaluation.groups or evaluation.importance_clip else kind
+
+
+def _with_more(kind: CountKind) -> CountKind:
+    """The counts of a kind of task, and behind them those of shared/more_counts.py."""
+
+    def cells(plan: StudyPlan) -> int:
+        grouped = sum(more_counts.group_cells(plan, group) for group in plan.evaluation.groups)
+        return kind.cells(plan) + grouped + more_counts.importance_cells(plan)
+
+    def blocks(plan: StudyPlan) -> int:
+        more = len(plan.evaluation.groups) + bool(plan.evaluation.importance_clip)
+        return kind.blocks(plan) + more
+
+    def count(plan: StudyPlan, records: Records, unit: int) -> Units:
+        weights = record_weights(records.owners, unit)
+        grouped = (
+            more_counts.count_group(plan, g, records, weights) for g in plan.evaluation.groups
+        )
+        parts = [kind.count(plan, records, unit), *grouped]
+        if plan.evaluation.importance_clip:
+            parts.append(more_counts.count_importances(plan, records, unit))
+        return np.concatenate(parts)
+
+    def read(plan: StudyPlan, counts: NDArray[np.float64], deviation: float) -> Reading:
+        at, groups = kind.cells(plan), []
+        found = kind.read(plan, counts[:at], deviation)
+        for group in plan.evaluation.groups:
+            end = at + more_counts.group_cells(plan, group)
+            groups.append(more_counts.read_group(plan, group, counts[at:end], deviation))
+            at = end
+        importances = more_counts.read_importances(plan, counts[at:], deviation)
+        return replace(found, groups=tuple(groups), importances=importances)
+
+    return CountKind(cells, blocks, count, read)
 
 
 def exact_metrics(plan: StudyPlan, counts: NDArray[np.float64]) -> dict[str, float]:
@@ -227,6 +262,8 @@ def count_noise(plan: StudyPlan) -> CountNoise:
         sensitivity = blocks * unit
         deviation = math.sqrt(((sigma * sensitivity) ** 2 + SMOOTHING**2) / honest)
         needed = sites * most * unit + WRAP_DEVIATIONS * math.sqrt(sites) * deviation
+        if not more_counts.resolves(plan, unit):
+            continue
         if needed < half and deviation >= 2 * SMOOTHING:
             return CountNoise(unit, most * unit, sensitivity, deviation, honest, sigma)
     raise ConfigError(

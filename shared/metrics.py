@@ -43,12 +43,15 @@ class Reading:
     """What summed counts say: metrics, and where noise hides them, their intervals at `LEVEL`.
 
     A metric that is undefined (one class only, or counts that are noise alone) is left out.
-    `features` are a study's statistics, as results.json has them.
+    `features` are a study's statistics, as results.json has them; `importances` and `groups` what
+    an evaluation released beside the scores.
     """
 
     metrics: dict[str, float]
     intervals: dict[str, Interval] = field(default_factory=dict)
     features: tuple[dict[str, Any], ...] = ()
+    importances: tuple[dict[str, Any], ...] = ()
+    groups: tuple[dict[str, Any], ...] = ()
 
 
 def score_histogram(

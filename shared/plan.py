@@ -8,6 +8,7 @@ code: a site runs the version of Fedward that it installed itself.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping
@@ -280,6 +281,45 @@ class SecureSumPlan:
 
 
 @dataclass(frozen=True)
+class GroupPlan:
+    """Patients told apart by a feature: its categories, or a number below, between and above
+    `edges`, in the feature's unit."""
+
+    feature: str
+    edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        require(
+            all(a < b for a, b in itertools.pairwise(self.edges)),
+            f"groups of {self.feature!r}: edges must rise",
+        )
+
+    def check(self, task: TaskPlan) -> None:
+        """Raise ConfigError unless the task has such groups."""
+        feature = next((f for f in task.features if f.name == self.feature), None)
+        if feature is None or task.kind != "binary":
+            raise ConfigError(
+                f"evaluation: groups of {self.feature!r} need a binary task with that feature"
+            )
+        number = feature.type == "number"
+        require(
+            bool(self.edges) == number,
+            f"evaluation: groups of {self.feature!r} "
+            + ("need edges, in its unit" if number else "have no edges: it is a category"),
+        )
+        low, high = feature.minimum or 0.0, feature.maximum or 0.0
+        require(
+            all(low < edge < high for edge in self.edges),
+            f"evaluation: groups of {self.feature!r}: edges must lie within its plausible range",
+        )
+        require(
+            feature.missing != "midpoint",
+            f"evaluation: groups of {self.feature!r}: missing = 'midpoint' would count missing "
+            "values as measured ones; use 'indicator' or 'refuse'",
+        )
+
+
+@dataclass(frozen=True)
 class EvaluationPlan:
     """Which counts about test patients travel inside the sum, and what they may cost them.
 
@@ -288,6 +328,10 @@ class EvaluationPlan:
     left out, too, and calibrated. `exact` histograms are for simulations only, and are refused by
     every real site. The model is evaluated after every `every` rounds and at the end; 0 is the end
     alone. `bins` is per class; few bins carry little noise, many resolve the curve.
+
+    `groups` adds right and wrong answers by group, such as sex or age, and `importance_clip` above
+    0 the mean importance of each feature, a patient's vector of them clipped to that norm, such as
+    0.5. Both are for tables, and each adds a block to every release (shared/more_counts.py).
     """
 
     release: Literal["none", "noised", "exact"] = "none"
@@ -296,6 +340,8 @@ class EvaluationPlan:
     epsilon: float | None = None
     delta: float | None = None
     noise_multiplier: float | None = None
+    groups: tuple[GroupPlan, ...] = later(())
+    importance_clip: float = later(0.0)
 
     def __post_init__(self) -> None:
         require(self.every >= 0, f"every is {self.every}; 0 (at the end alone) or more")
@@ -310,6 +356,14 @@ class EvaluationPlan:
             )
             require(value is None or value > 0, f"{name} must be above 0")
         require(self.delta is None or self.delta <= 1e-2, "delta must be at most 0.01")
+        require(
+            self.release != "none" or not (self.groups or self.importance_clip),
+            "groups and importance_clip are for release 'noised'; nothing is released here",
+        )
+        require(
+            0 <= self.importance_clip <= 10,
+            f"importance_clip is {self.importance_clip:g}; valid: 0 (none) to 10",
+        )
 
     def is_due(self, finished: int, rounds: int) -> bool:
         """Whether the model after `finished` of `rounds` rounds is evaluated.
@@ -425,6 +479,12 @@ class StudyPlan:
                 "training: augment needs images, as pixels, and a sample_rate",
             )
         require(self.model != NO_MODEL, "the table [model] is missing. Name a model.")
+        for group in self.evaluation.groups:
+            group.check(self.task)
+        require(
+            not self.evaluation.importance_clip or bool(self.task.features),
+            "evaluation: importance_clip is for a table's features; the task has an image",
+        )
         require(training.rounds >= 1, "training: rounds is 0 or missing; 1 or more")
         require(
             not private or self.privacy.clip_norm is not None,

@@ -336,7 +336,10 @@ def _describe_counts(plan: StudyPlan) -> str:
     if promise is None or sigma is None:
         return ""
     releases, delta = count_releases_of(plan), promise[1]
-    who = "Test patients pay for the histograms of their scores" if plan.learns else "Counts cost"
+    more = [f"results by {group.feature}" for group in plan.evaluation.groups]
+    more += ["the importance of each feature"] if plan.evaluation.importance_clip else []
+    what = ", ".join(["the histograms of their scores", *more])
+    who = f"Test patients pay for {what}" if plan.learns else "Counts cost"
     return (
         f"{who}: ({epsilon_of(sigma, 1.0, releases, delta):.3f}, {delta:g}) over {releases} "
         f"release(s), each with Gaussian noise of {sigma:g} times what one patient weighs in all "

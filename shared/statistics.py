@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -35,12 +35,15 @@ class Records:
         labels: int64, shape (n,).
         inputs: float32, shape (n, *input_shape), scaled by the plan.
         outputs: What the model says of each record, shape (n, ...); empty without a model.
+        moves: How far each feature moves it, shape (n, features), see shared/more_counts.py;
+            empty where the plan releases no importances.
     """
 
     owners: Units
     labels: Units
     inputs: NDArray[np.float32]
     outputs: NDArray[np.float32]
+    moves: Reals = field(default_factory=lambda: np.zeros((0, 0)))
 
 
 @dataclass(frozen=True)

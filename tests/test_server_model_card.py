@@ -34,9 +34,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "evaluation.release=noised",
         "evaluation.epsilon=2",
         "evaluation.every=0",
+        "evaluation.bins=16",
     ]
     execute(
-        prepare(load_scenario("breast_cancer", overrides), RunOptions(out=out)), lambda report: None
+        prepare(
+            load_scenario("breast_cancer", overrides),
+            RunOptions(out=out, insecure_reproducible=True),
+        ),
+        lambda report: None,
     )
     return out
 
@@ -59,7 +64,7 @@ def test_the_card_says_what_results_and_plan_say(run: Path, card: dict[str, Any]
     assert card["model_details"]["state_sha256"] == results["model"]["sha256"]
     assert card["model_details"]["plan_sha256"] == results["plan_sha256"]
     assert card["performance"]["metrics"] == results["final"]["metrics"]
-    assert card["performance"]["intervals"]["auroc"] == results["final"]["intervals"]["auroc"]
+    assert card["performance"]["intervals"] == results["final"]["intervals"] != {}
     assert set(card["performance"]["per_hospital"]) == set(results["final"]["per_site"])
     assert card["privacy"]["training"]["promised_epsilon"] == 4
     assert 0 < card["privacy"]["training"]["spent_epsilon"] <= 4

@@ -104,7 +104,7 @@ def test_a_site_that_forgets_its_noise_or_halves_it_is_noticed(
     assert not carries(play(tmp_path / "run", "local"))
 
 
-def twice(plan: Any, data: PatientDataset, outputs: Any, noise: Any) -> Units:
+def twice(plan: Any, data: PatientDataset, outputs: Any, noise: Any, moved: Any) -> Units:
     return 2 * count_kind(plan).count(
         plan, client.counting.Records(data.patients, data.labels, data.inputs, outputs), noise.unit
     )
