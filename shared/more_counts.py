@@ -75,12 +75,13 @@ def moves_of(
 
 def _answers(task: TaskPlan, outputs: Outputs) -> Reals:
     """The answers in which a move is measured, shape (n, columns)."""
-    risks: Reals = risks_of(task, torch.from_numpy(outputs.astype(np.float64))).numpy()
+    risks = risks_of(task, torch.from_numpy(outputs.astype(np.float64)))
     if task.kind == "survival":
-        return risks[:, -1:]
+        risks = risks[:, -1:]
     if task.kind == "regression":
         risks = risks / ((task.maximum or 0.0) - (task.minimum or 0.0))
-    return risks
+    found: Reals = risks.numpy()
+    return found
 
 
 def _distance(task: TaskPlan, before: Reals, after: Reals) -> Reals:
