@@ -85,10 +85,10 @@ def _answers(task: TaskPlan, outputs: Outputs) -> Reals:
 
 
 def _distance(task: TaskPlan, before: Reals, after: Reals) -> Reals:
-    change = np.abs(np.nan_to_num(after) - np.nan_to_num(before)).sum(axis=1)
-    if task.kind == "multiclass":
-        change = change / 2
-    return np.clip(change, 0.0, 1.0)
+    share = 0.5 if task.kind == "multiclass" else 1.0
+    change = share * np.abs(np.nan_to_num(after) - np.nan_to_num(before)).sum(axis=1)
+    inside: Reals = np.clip(change, 0.0, 1.0)
+    return inside
 
 
 def count_importances(plan: StudyPlan, records: Records, unit: int) -> Units:
