@@ -188,6 +188,8 @@ def test_the_page_refers_to_nothing_outside_and_runs_nothing(
     assert not links.tags & {"script", "iframe", "link", "object", "form"}
     assert "url(" not in text
     assert EVIL in links.text  # shown as text, never as markup
+    assert "Strongest attack1.25" in links.text
+    assert "One training run, attacked" in links.text
     assert "default-src &#x27;none&#x27;" in text
 
 

@@ -231,7 +231,7 @@ class _Bound:
 def _finding(bound: _Bound, claimed: Mechanism, digest: str, table: Table) -> Finding:
     verdict: Verdict = "violated" if bound.value > claimed.epsilon else "not refuted"
     return Finding(
-        probe="one-run",
+        probe="one_run",
         name=bound.name,
         claim=f"training keeps epsilon {claimed.epsilon:.3f} at delta {claimed.delta:g}",
         statistic=f"largest epsilon that an attack on one run refutes; {bound.source}",
@@ -281,7 +281,7 @@ def component(seen: Observed, digest: str) -> Finding:
     found = Mechanism(math.sqrt(energy / count) / amplitude, min(1.0, mean), claimed.steps,
                       claimed.delta)  # fmt: skip
     return Finding(
-        probe="one-run",
+        probe="one_run",
         name="component",
         claim=f"training keeps epsilon {claimed.epsilon:.3f} at delta {claimed.delta:g}",
         statistic="epsilon of the measured noise, sensitivity and sampling rate",

@@ -162,11 +162,17 @@ def _tiles(record: Record) -> Html:
 
 
 def _strongest(findings: Sequence[Record]) -> float | None:
-    """The largest lower bound of epsilon that an attack of `one_run` reached."""
+    """The largest lower bound of epsilon that an attack of `one_run` reached.
+
+    Not among them: the measured components, which are no attack, and the bound that takes a
+    sampled mechanism for a Gaussian one.
+    """
     found = [
         f["value"]
         for f in findings
-        if f["probe"] == "one_run" and "epsilon" in f["statistic"] and f["value"] is not None
+        if f["probe"] == "one_run"
+        and f["name"] not in ("component", "gaussian")
+        and f["value"] is not None
     ]
     return max(found, default=None)
 
