@@ -32,7 +32,7 @@ from shared.errors import ConfigError, PolicyError
 from shared.files import make_folder
 from shared.identity import Identity
 from shared.plan import StudyPlan
-from shared.privacy import costs_of
+from shared.privacy import Use, costs_of
 from shared.study import Receipt
 
 KEPT_ASIDE = (
@@ -250,7 +250,7 @@ def _bind(ledger: Ledger, approval: Body, run: str, where: dict[str, str]) -> No
     ledger.append("bound", fields, expected_head=ledger.head)
 
 
-def _charge(run: str, approval: Body, use: str, steps: int, where: dict[str, str]) -> Charge:
+def _charge(run: str, approval: Body, use: Use, steps: int, where: dict[str, str]) -> Charge:
     part = approval["parts"][use]
     return Charge(
         run=run,
@@ -262,7 +262,7 @@ def _charge(run: str, approval: Body, use: str, steps: int, where: dict[str, str
         sample_rate=part["sample_rate"],
         steps=steps,
         population=where[use],
-        used_for="evaluation" if use == "evaluation" else "training",
+        used_for=use,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from server import provision
 from server.project import Project, ProjectSettings
 from shared.errors import PolicyError, ProtocolError
 from shared.messages import encode
-from shared.plan import StudyPlan
+from shared.plan import StudyPlan, from_table
 from shared.privacy import epsilon_of_events
 from shared.study import PhaseRequest, Receipt
 
@@ -108,6 +109,26 @@ def test_an_approval_that_nobody_had_taken_is_written_off_too(tmp_path: Path) ->
     assert worst(books, spent_only=True) == pytest.approx(worst(books, spent_only=False))
     with pytest.raises(PolicyError, match="approve the plan again"):
         books.require_approved(study(), "run-1")
+
+
+def test_a_statistics_study_is_written_off_as_one_and_counted_once(tmp_path: Path) -> None:
+    table = {
+        "name": "counts",
+        "task": asdict(study().task) | {"kind": "statistics"},
+        "privacy": {"mode": "local", "epsilon": 2.0, "delta": 1e-5},
+        "cohort": asdict(study().cohort),
+    }
+    plan = from_table(table, "test")
+    folder = make_site(tmp_path / "site", tasks=["statistics"])
+    books = open_books(folder)
+    books.approve(plan, {"statistics": books.population(WARD)})
+    reserved = worst(books, spent_only=False)
+    books.close()
+    site = SiteFolder(folder)
+    done = recovery.write_off(site, site.config(), [], [], time.time())
+    assert done.steps == (("counts", "statistics", 1),)
+    books = open_books(folder)
+    assert worst(books, spent_only=True) == worst(books, spent_only=False) == reserved > 0
 
 
 def test_a_run_that_was_open_does_not_go_on(restored: Path) -> None:
