@@ -155,8 +155,9 @@ def export_onnx(model: ReleasedModel) -> bytes:
     """The model as the bytes of an ONNX file.
 
     Raises:
-        ConfigError: a package is not installed, or the plan's preprocessing cannot be part of a
-            file: features made of pictures, or scaling by each hospital's own data.
+        ConfigError: a package is not installed, PyTorch cannot write the model, or the plan's
+            preprocessing cannot be part of a file: features made of pictures, or scaling by each
+            hospital's own data.
     """
     _require_exportable(model)
     import onnx  # noqa: PLC0415  # optional
@@ -166,18 +167,24 @@ def export_onnx(model: ReleasedModel) -> bytes:
     with tempfile.TemporaryDirectory(prefix="fedward-") as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         file = Path(folder) / "model.onnx"
-        torch.onnx.export(
-            module,
-            (torch.from_numpy(invented(model.plan.task, 3)),),
-            file,
-            input_names=["records"],
-            output_names=["answers"],
-            dynamic_shapes=({0: torch.export.Dim("n")},),
-            opset_version=_OPSET,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-        )
+        try:
+            torch.onnx.export(
+                module,
+                (torch.from_numpy(invented(model.plan.task, 3)),),
+                file,
+                input_names=["records"],
+                output_names=["answers"],
+                dynamic_shapes=({0: torch.export.Dim("n")},),
+                opset_version=_OPSET,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+            )
+        except torch.onnx.OnnxExporterError as error:
+            raise ConfigError(
+                f"PyTorch cannot write the model {model.plan.model.name!r} as ONNX "
+                f"({type(error).__name__}). Use it with fedward-site predict."
+            ) from None
         graph = onnx.load_model_from_string(read_bytes(file, "exported model"))
     onnx.helper.set_model_props(graph, {"fedward": json.dumps(describe(model), ensure_ascii=False)})
     graph.doc_string = model.plan.description

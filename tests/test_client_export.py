@@ -173,6 +173,17 @@ def test_what_cannot_be_in_a_file_is_refused() -> None:
     assert "records" in describe(model_of(mixed_plan()))
 
 
+def test_a_model_that_the_exporter_cannot_write_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fails(*args: Any, **options: Any) -> None:
+        raise torch.onnx.OnnxExporterError("a page of its own advice")
+
+    monkeypatch.setattr(torch.onnx, "export", fails)
+    with pytest.raises(ConfigError, match=r"cannot write the model 'mlp' as ONNX"):
+        export_onnx(model_of(mixed_plan()))
+
+
 def test_without_onnx_the_way_out_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
     hidden = lambda name, *a: None if name == "onnxscript" else real(name, *a)  # noqa: E731
