@@ -38,7 +38,7 @@ FAULTS: tuple[Fault, ...] = (
     Fault("requests-lost", "a site's requests are lost for 20 s", network(True, False)),
     Fault("replies-lost", "the replies to a site are lost for 20 s", network(False, True)),
     Fault("delays", "everything of a site takes 30 s longer for a while", delayed),
-    Fault("duplicates", "every request arrives twice", duplicated),
+    Fault("duplicates", "every reply of a site arrives twice", duplicated),
     Fault("reordered", "every request is held back at random", reordered),
     wrong,
     expired,

@@ -50,18 +50,22 @@ def delayed(play: Play) -> None:
 
 
 def duplicated(play: Play) -> None:
-    """Every request of every site reaches the server twice, through the whole study."""
-    play.meddler.rule = lambda who, path: Treatment(copies=2)
+    """Whatever carries a reply of a site reaches the server twice, through the whole study.
+
+    Not the sites' questions: the answer to the second one would be lost, and a message with it.
+    """
+    replies = Treatment(copies=2)
+    play.meddler.rule = lambda who, path: replies if "/push-" in path else Treatment()
     play.begin()
-    play.end()
+    play.end_or_resume()
 
 
 def reordered(play: Play) -> None:
-    """Every request is held back at random, so that answers overtake each other."""
+    """Every request is held back at random, so that replies overtake each other."""
     chance = random.Random(7)
     play.meddler.rule = lambda who, path: Treatment(delay_s=chance.choice((0.0, 0.2, 1.0)))
     play.begin()
-    play.end()
+    play.end_or_resume()
 
 
 def false_server(name: str, what: str, certify: Certify) -> Fault:
