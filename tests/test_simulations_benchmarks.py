@@ -15,11 +15,11 @@ from client import secagg_state
 from client.noise import simulation_key
 from client.secagg_state import Progress
 from shared.errors import ProtocolError
-from simulations.benchmarks import engine, flamby, utility
+from simulations.benchmarks import engine, flamby, personal, trees, utility
 from simulations.benchmarks import round as round_benchmark
 from simulations.benchmarks.stopwatch import Stopwatch, measured
 
-MAINS = [engine.main, round_benchmark.main, utility.main]
+MAINS = [engine.main, round_benchmark.main, utility.main, trees.main, personal.main]
 
 
 def run(main: Callable[[list[str]], None], folder: Path, *arguments: str) -> dict[str, Any]:
