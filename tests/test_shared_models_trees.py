@@ -15,6 +15,7 @@ from torch import Tensor
 from training_cases import clipped_sum, make_data, make_plan
 
 from client.cli import main
+from client.export import export_onnx, largest_difference
 from client.guard import check_sensitivity
 from client.training import LocalTrainer
 from shared.errors import ConfigError, SensitivityError
@@ -22,7 +23,7 @@ from shared.keystream import PublicStream
 from shared.models import build_model, initial_parameters, load_parameters
 from shared.models.trees import BoostedTrees, Cut, public_cuts
 from shared.plan import StudyPlan
-from shared.released import read_model
+from shared.released import model_files, read_model
 from shared.task_plan import FeaturePlan
 from simulations.audits import neighbour
 from simulations.audits.faults_kit import Fault, clip_rule, scaled, seeded
@@ -218,6 +219,20 @@ def audited(mode: str) -> AuditTarget:
     overrides = [f"privacy.mode={mode}", "model.trees=30", "privacy.clip_norm=2.7"]
     plan = load_scenario("breast_cancer_trees", overrides).plan
     return AuditTarget(changed(plan, evaluation={"release": "none"}))
+
+
+@pytest.mark.slow
+def test_an_exported_forest_says_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    plan = make_plan("trees", model={"trees": 30})
+    leaves = np.random.default_rng(2).normal(size=len(initial_parameters(plan)))
+    for name, data in model_files(plan, leaves.astype(np.float32), {}).items():
+        (tmp_path / name).write_bytes(data)
+    model = read_model(tmp_path)
+    off = largest_difference(export_onnx(model), model)
+    assert off is not None
+    assert off <= 1
 
 
 @pytest.mark.slow
