@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from client.augment import variants
 from client.clipping import PatientClipper
 from client.data.dataset import PatientDataset
+from client.data.mapped import release
 from client.engines import Engine, EngineName, choose_engine
 from client.memory import free_bytes, is_out_of_memory, physical_records
 from client.noise import ChaChaRandom
@@ -272,10 +273,10 @@ class LocalTrainer:
         self.module.eval()
         records = torch.from_numpy(np.ascontiguousarray(inputs))
         with torch.inference_mode():
-            parts = [
-                self.module(part.to(self.device)).cpu()
-                for part in torch.split(records, self._max_records)
-            ]
+            parts = []
+            for part in torch.split(records, self._max_records):
+                parts.append(self.module(part.to(self.device)).cpu())
+                release(inputs)
             logits: NDArray[np.float32] = torch.cat(parts).numpy()
         return logits
 
@@ -380,6 +381,7 @@ class LocalTrainer:
         shares = torch.from_numpy((1.0 / (counts * each)).astype(np.float32))
         shares = shares.to(self.device)[owners]
         inputs = self._inputs[rows]
+        release(self.data.inputs)
         if augment.variants:
             inputs = variants(inputs, augment, self._step_key)
         loss = self._losses(inputs.to(self.device), rows.repeat_interleave(each))
@@ -394,6 +396,7 @@ class LocalTrainer:
         self._sgd.zero_grad(set_to_none=True)
         for rows in torch.split(torch.from_numpy(records), self._max_records):
             inputs = self._inputs[rows].to(self.device)
+            release(self.data.inputs)
             torch.autograd.backward(self._losses(inputs, rows).sum() / len(records))
         return len(records)
 

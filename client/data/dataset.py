@@ -9,6 +9,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from client.data.mapped import all_finite, taken
 from shared.config import require
 
 
@@ -17,7 +18,8 @@ class PatientDataset:
     """Records with labels, each belonging to one patient.
 
     Attributes:
-        inputs: float32, shape (records, *input_shape), finite, already scaled by the plan.
+        inputs: float32, shape (records, *input_shape), finite, already scaled by the plan; many are
+            mapped from a file (client/data/mapped.py).
         labels: int64, shape (records,); 0 or 1 for a binary task.
         patients: int64, shape (records,), the row in `patient_ids` of each record's patient.
         patient_ids: the hospital's own identifiers, one per patient.
@@ -34,7 +36,7 @@ class PatientDataset:
     def __post_init__(self) -> None:
         n = len(self.inputs)
         require(len(self.labels) == n == len(self.patients), "inputs, labels, patients differ")
-        require(bool(np.isfinite(self.inputs).all()), "an input value is not finite")
+        require(all_finite(self.inputs), "an input value is not finite")
         known = np.unique(self.patients)
         require(
             np.array_equal(known, np.arange(len(self.patient_ids))),
@@ -59,7 +61,7 @@ class PatientDataset:
         renumbered = np.full(self.patient_count, -1, dtype=np.int64)
         renumbered[patients] = np.arange(len(patients))
         return PatientDataset(
-            self.inputs[rows],
+            taken(self.inputs, rows),
             self.labels[rows],
             renumbered[self.patients[rows]],
             tuple(self.patient_ids[p] for p in patients.tolist()),

@@ -17,6 +17,7 @@ from PIL import Image
 from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
 from client.data.labels import read_labels, refuse_unusable_labels
+from client.data.mapped import Spool
 from client.data.mapping import ColumnMapping, TableMapping
 from client.data.table import (
     Reading,
@@ -29,6 +30,7 @@ from shared.features import image_inputs
 from shared.task_plan import ImagePlan, TaskPlan
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
+AT_ONCE = 32  # images that are in memory at once
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
@@ -87,12 +89,15 @@ def read_image_folder(folder: Path, mapping: ImageMapping, task: TaskPlan) -> Re
     as_table = _as_table(mapping, task)
     labels = read_labels(listed, {task.label: listing.labels}, task, as_table)
     refuse_unusable_labels(listed, mapping.label, labels, task, mapping.allow_one_class)
-    pixels = [
-        _pixels(file, task.image, mapping.resize, f"{listed}: {listing.entry} {number}")
-        for number, file in enumerate(listing.files, start=1)
-    ]
+    spool = Spool()
+    for first in range(0, len(listing.files), AT_ONCE):
+        pixels = [
+            _pixels(file, task.image, mapping.resize, f"{listed}: {listing.entry} {number}")
+            for number, file in enumerate(listing.files[first : first + AT_ONCE], start=first + 1)
+        ]
+        spool.add(image_inputs(task.image, np.stack(pixels)))
     ids, patients = group_patients(listing.patients)
-    data = PatientDataset(image_inputs(task.image, np.stack(pixels)), labels, patients, ids)
+    data = PatientDataset(spool.array(), labels, patients, ids)
     return Reading(data, ReadingNotes(len(labels)))
 
 

@@ -2,11 +2,14 @@
 
 Source: Yang et al., "MedMNIST v2", Scientific Data 10:41, 2023: arrays {train,val,test}_images,
 (n, [depth,] height, width) or with 3 channels, and {train,val,test}_labels, (n, 1). The files
-name no patients, so each image counts as one.
+name no patients, so each image counts as one. Arrays that were saved without compression (np.savez)
+are read piece by piece, however large; packed ones must fit into memory.
 """
 
 from __future__ import annotations
 
+import os
+import struct
 import zipfile
 from pathlib import Path
 from typing import Literal
@@ -16,11 +19,12 @@ from numpy.typing import NDArray
 
 from client.data.dataset import PatientDataset
 from client.data.labels import class_of, refuse_unusable_labels
+from client.data.mapped import IN_MEMORY, Spool, pieces_of, release
 from client.data.table import Reading, ReadingNotes
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import image_inputs
-from shared.task_plan import TaskPlan
+from shared.task_plan import ImagePlan, TaskPlan
 
 Part = Literal["train", "val", "test"]
 
@@ -61,12 +65,41 @@ def read_npz(path: Path, task: TaskPlan, part: Part = "train") -> Reading:
     codes = np.array([class_of(task, text) for text in labels.astype(str)], dtype=np.int64)
     refuse_unusable_labels(path, f"{part}_labels", codes, task, allow_one_class=False)
     try:
-        inputs = image_inputs(task.image, images)
+        inputs = _inputs(task.image, images)
     except ConfigError as error:
         raise ConfigError(f"{path}: array '{part}_images': {error}.") from None
     ids = tuple(f"{part}-{row + 1}" for row in range(len(labels)))
     data = PatientDataset(inputs, codes, np.arange(len(labels)), ids)
     return Reading(data, ReadingNotes(len(labels)))
+
+
+def _inputs(image: ImagePlan, images: NDArray[np.generic]) -> NDArray[np.float32]:
+    spool = Spool()
+    for piece in pieces_of(len(images), images.shape[1:]):
+        spool.add(image_inputs(image, images[piece]))
+        release(images)
+    return spool.array()
+
+
+def _mapped(path: Path, name: str) -> NDArray[np.generic] | None:
+    """An array that lies in the file as it is in memory; None where it is packed or small."""
+    with zipfile.ZipFile(path) as archive:
+        member = archive.getinfo(f"{name}.npy")
+    if member.compress_type != zipfile.ZIP_STORED or member.file_size <= IN_MEMORY:
+        return None
+    with path.open("rb") as file:
+        file.seek(member.header_offset + 26)  # the local header's lengths of name and extra field
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        read_header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
+        shape, by_column, kind = read_header(file)
+        if by_column or kind.hasobject:
+            return None
+        return np.memmap(path, kind, "c", offset=file.tell(), shape=shape)
 
 
 def _array(path: Path, name: str, kinds: str, dimensions: tuple[int, ...]) -> NDArray[np.generic]:
@@ -79,7 +112,8 @@ def _array(path: Path, name: str, kinds: str, dimensions: tuple[int, ...]) -> ND
                 f"{path} has no array {name!r}. Give a MedMNIST file: it holds "
                 "{train,val,test}_images and {train,val,test}_labels.",
             )
-            array: NDArray[np.generic] = archive[name]
+            mapped = _mapped(path, name)
+            array: NDArray[np.generic] = archive[name] if mapped is None else mapped
     except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile):
         raise ConfigError(
             f"{path} is not an .npz file of plain arrays, or array {name!r} in it is damaged or "
@@ -91,10 +125,12 @@ def _array(path: Path, name: str, kinds: str, dimensions: tuple[int, ...]) -> ND
         f"{' or '.join(map(str, dimensions))} dimensions of "
         f"{'whole numbers' if 'i' in kinds else 'unsigned or real numbers'}.",
     )
-    finite = np.isfinite(array).all(axis=tuple(range(1, array.ndim)))
-    require(
-        bool(finite.all()),
-        f"{path}: array {name!r} holds a value that is not finite in entry "
-        f"{int(finite.argmin()) + 1 if len(finite) else 0}. Leave it out, or export it again.",
-    )
+    for piece in pieces_of(len(array), array.shape[1:]) if array.dtype.kind == "f" else ():
+        finite = np.isfinite(array[piece]).all(axis=tuple(range(1, array.ndim)))
+        require(
+            bool(finite.all()),
+            f"{path}: array {name!r} holds a value that is not finite in entry "
+            f"{piece.start + int(finite.argmin()) + 1}. Leave it out, or export it again.",
+        )
+        release(array)
     return array

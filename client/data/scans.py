@@ -8,7 +8,7 @@ its reason; the rest is read on.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ from PIL import Image
 from client.data.columns import read_columns
 from client.data.dataset import PatientDataset
 from client.data.labels import read_labels, refuse_unusable_labels
+from client.data.mapped import Spool, release
 from client.data.mapping import ColumnMapping, TableMapping
 from client.data.table import (
     Reading,
@@ -33,6 +34,7 @@ from shared.task_plan import ImagePlan, TaskPlan
 Key = Literal["patient", "study", "series", "file"]
 Values = NDArray[np.float32]
 
+AT_ONCE = 32  # scans whose features are made at once
 MOST_VALUES = 1 << 28
 """Of one file: a larger one is damaged, or an attack on memory."""
 
@@ -91,18 +93,31 @@ class UnusableScanError(Exception):
 
 @dataclass
 class Found:
-    """What a reader has found so far."""
+    """What a reader has found so far; the scans' values are in the spool, in order."""
 
     scans: list[Scan] = field(default_factory=list)
+    spool: Spool = field(default_factory=Spool)
     rejected: list[tuple[str, str]] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def take(self, file: str, read: Callable[[], Scan]) -> None:
         """Add a scan, or the reason why there is none."""
         try:
-            self.scans.append(read())
+            scan = read()
         except UnusableScanError as error:
             self.rejected.append((file, str(error)))
+            return
+        self.spool.add(scan.values[None])
+        self.scans.append(replace(scan, values=np.zeros(0, np.float32)))
+
+    def inputs(self, image: ImagePlan, rows: Sequence[int]) -> Values:
+        """The model's inputs of some of the scans."""
+        values, kept = self.spool.array(), Spool()
+        for first in range(0, len(rows), AT_ONCE):
+            part = np.array(values[list(rows[first : first + AT_ONCE])])
+            kept.add(features_of_scaled(image, part))
+            release(values)
+        return kept.array()
 
 
 def to_dataset(folder: Path, found: Found, mapping: ScanMapping, task: TaskPlan) -> Reading:
@@ -132,7 +147,7 @@ def to_dataset(folder: Path, found: Found, mapping: ScanMapping, task: TaskPlan)
     refuse_unusable_labels(folder, mapping.label, labels, task, mapping.allow_one_class)
     scans = [found.scans[i] for i in known]
     ids, patients = group_patients([scan.patient for scan in scans])
-    inputs = features_of_scaled(image_of(folder, task), np.stack([scan.values for scan in scans]))
+    inputs = found.inputs(image_of(folder, task), known)
     data = PatientDataset(inputs, labels, patients, ids)
     notes = ReadingNotes(
         len(texts), missing, rejected=tuple(found.rejected), warnings=tuple(found.warnings)
