@@ -113,13 +113,14 @@ def twice(plan: Any, data: PatientDataset, outputs: Any, noise: Any, moved: Any)
 def test_a_patient_who_counts_twice_is_noticed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = play(tmp_path / "honest", "local")
+    loud = (no_faults, "evaluation.epsilon=12")  # so that a second count stands above the noise
+    honest = play(tmp_path / "honest", "local", *loud)
     monkeypatch.setattr("client.run.counts_of", twice)
-    doubled = play(tmp_path / "doubled", "local")
+    doubled = play(tmp_path / "doubled", "local", *loud)
     # Along the exact counts lies what a second count adds; the noise is alike in all directions.
     spread = count_noise(honest.run.plan).spread(4)
-    assert abs(honest.residual() @ exact_direction(honest)) < 4 * spread
-    assert doubled.residual() @ exact_direction(doubled) > 4 * spread
+    assert abs(honest.residual() @ exact_direction(honest)) < 5 * spread
+    assert doubled.residual() @ exact_direction(doubled) > 8 * spread
 
 
 def exact_direction(played: Played) -> np.ndarray:
