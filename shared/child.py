@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 
 _PR_SET_PDEATHSIG = 1
 _LOOK_S = 2.0
@@ -57,11 +58,26 @@ def _runs(pid: int) -> bool:
 
 
 def main() -> None:
-    """Call the function that the first argument names; the rest are its arguments."""
+    """Call the function that the first argument names; the rest are its arguments.
+
+    The process ends with the function, whatever threads that leaves behind: a SuperNode that has
+    given its connection up would else stay for ever, and its supervisor would see nothing.
+    """
     die_with_parent()
     module, _, function = sys.argv[1].partition(":")
     sys.argv = [function.replace("_", "-"), *sys.argv[2:]]
-    getattr(importlib.import_module(module), function)()
+    code = 1
+    try:
+        getattr(importlib.import_module(module), function)()
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 if __name__ == "__main__":

@@ -47,6 +47,12 @@ def starts_another(file, careful):
 def careful_or_not():
     starts_another(*sys.argv[1:])
 
+def gives_up():
+    """As Flower's SuperNode, after a certificate that it does not trust."""
+    import threading
+    threading.Thread(target=time.sleep, args=(600,)).start()
+    raise OSError("given up")
+
 def dies():
     print("dying", flush=True)
     raise SystemExit(3)
@@ -122,6 +128,18 @@ def test_a_child_that_was_killed_is_started_again(tmp_path: Path) -> None:
 
         wait_for(second)
         assert not alive(first)
+
+
+def test_a_child_that_gave_up_but_left_a_thread_is_started_again(tmp_path: Path) -> None:
+    """It would do nothing for ever: after a wrong certificate no site came back by itself."""
+    with supervised(tmp_path, "gives_up") as supervisor:
+
+        def again() -> bool:
+            found = supervisor.health()["processes"]["gives_up"]
+            return found["restarts"] >= 1 and found["last_exit"] == 1
+
+        wait_for(again)
+    assert "OSError: given up" in (tmp_path / "logs" / "gives_up.log").read_text()
 
 
 def test_a_child_that_keeps_ending_is_started_ever_more_rarely(
