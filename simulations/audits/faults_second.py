@@ -129,10 +129,10 @@ def _last_site_quieter(patches: Patches, mode: str) -> None:
     train, total = LocalTrainer.train_round, LocalTrainer.clipped_sum
 
     def noticing(original: Any) -> Any:
-        def call(self: LocalTrainer, *arguments: Any) -> Any:
+        def call(self: LocalTrainer, *arguments: Any, **named: Any) -> Any:
             names = self.plan.cohort.names
             last[0] = self.public_divisor(names[-1]) == self._divisor
-            return original(self, *arguments)
+            return original(self, *arguments, **named)
 
         return call
 
