@@ -55,16 +55,21 @@ def model_card(plan: StudyPlan, results: Results) -> dict[str, Any]:
     }
 
 
-def write_card(plan: StudyPlan, results: Results, folder: Path) -> None:
-    """Write both forms of the card into a run directory; nothing for a study without a model."""
+def card_files(plan: StudyPlan, results: Results) -> dict[str, str]:
+    """Both forms of the card by file name; none for a study without a model."""
     from server.model_card_page import render  # noqa: PLC0415  # which imports this file
 
     if not plan.learns:
-        return
+        return {}
     card = model_card(plan, results)
     text = json.dumps(card, indent=2, ensure_ascii=False, allow_nan=False)
-    write_text(text + "\n", folder / CARD_JSON)
-    write_text(render(card), folder / CARD_HTML)
+    return {CARD_JSON: text + "\n", CARD_HTML: render(card)}
+
+
+def write_card(plan: StudyPlan, results: Results, folder: Path) -> None:
+    """Write both forms of the card into a run directory."""
+    for name, text in card_files(plan, results).items():
+        write_text(text, folder / name)
 
 
 def _details(plan: StudyPlan, results: Results) -> dict[str, Any]:

@@ -49,10 +49,10 @@ def test_a_patient_who_opts_out_during_a_study_is_in_no_later_round(
     def of_the_city(trainer: LocalTrainer) -> bool:
         return set(trainer.data.patient_ids) <= set(city.patient_ids)
 
-    def watched_train(self: LocalTrainer, *args: Any) -> Any:
+    def watched_train(self: LocalTrainer, *args: Any, **named: Any) -> Any:
         if of_the_city(self):
             trained.append(set(self.data.patient_ids))
-        return train(self, *args)
+        return train(self, *args, **named)
 
     def watched_predict(self: LocalTrainer, parameters: Any, inputs: Any) -> Any:
         if of_the_city(self):

@@ -67,7 +67,7 @@ _MODEL_KINDS = {"linear": "regression", "cox": "survival"}
 
 def model_plan(name: str, kind: str = "", **sections: Any) -> StudyPlan:
     """A plan for any shipped model, with inputs it takes and the kind of task it is for."""
-    flat, volume = ("cnn", "resnet18", "pooled-linear", "vit"), ("cnn3d",)
+    flat, volume = ("cnn", "resnet18", "resnet50", "pooled-linear", "vit"), ("cnn3d",)
     kind = kind or _MODEL_KINDS.get(name, "binary")
     image = 12 if name in (*flat, *volume) else None
     depth = 8 if name in volume else 0

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from server.model_card import card_files
 from server.record import receipts_text, server_results, write_model
 from server.report import render
 from server.results import read_results
@@ -152,6 +153,12 @@ def check_receipts_file(plan: StudyPlan, outcome: StudyOutcome, path: Path) -> N
 def check_report(results: Mapping[str, Any], path: Path) -> None:
     """report.html is, byte for byte, what results.json gives; AuditError."""
     _same(path, render(results).encode("utf-8", errors="replace"), "results.json")
+
+
+def check_model_card(plan: StudyPlan, results: Mapping[str, Any], folder: Path) -> None:
+    """Both forms of the model card are, byte for byte, what plan and results give; AuditError."""
+    for name, text in card_files(plan, results).items():
+        _same(folder / name, text.encode("utf-8", errors="replace"), "the plan and results.json")
 
 
 def _same(path: Path, expected: bytes, source: str) -> None:

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from server.manifest import MANIFEST_FILE, read_manifest
+from server.model_card import CARD_JSON
 from server.results import read_results
 from server.rounds import StudyOutcome
-from shared.errors import AuditError, FedwardError
+from shared.errors import AuditError, ConfigError, FedwardError
 from shared.evidence import (
     LEDGER_FILE,
     PLAN_FILE,
@@ -161,7 +162,7 @@ class RunVerification(Verification):
             remark.text = "recomputed from the sums and receipts; signed by nobody: " + ", ".join(
                 self.result.unsigned
             )
-        if read_results(self.path / "results.json").get("insecure_reproducible"):
+        if self._says_reproducible():
             with self.checks.check(
                 "randomness", "Nobody outside a hospital can know its noise.", file="results.json"
             ):
@@ -175,6 +176,22 @@ class RunVerification(Verification):
             outcomes.check_report(
                 read_results(self.path / "results.json"), self.path / "report.html"
             )
+
+        with self.checks.check(
+            "model-card", "The model card says what plan and results say.", file=CARD_JSON
+        ):
+            if not (self.path / CARD_JSON).exists():
+                raise NotTestableError("there is no model card")
+            results = read_results(self.path / "results.json")
+            outcomes.check_model_card(plan, results, self.path)
+
+    def _says_reproducible(self) -> bool:
+        """Whether the results are branded; unreadable ones are what another check is about."""
+        try:
+            results = read_results(self.path / "results.json")
+        except ConfigError:
+            return False
+        return bool(results.get("insecure_reproducible"))
 
     def _check_sites(
         self, history: History, receipts: Mapping[str, Receipt], models: Mapping[int, int]
