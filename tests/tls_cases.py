@@ -133,7 +133,13 @@ def _relay(site: ssl.SSLSocket, server: ssl.SSLSocket, read: list[bytes]) -> Non
         waiting = [s for s in other if s.pending()]
         ready = waiting or select.select(list(other), [], [])[0]
         for source in ready:
-            data = source.recv(65536)
+            source.settimeout(0)  # what is there may be half a record, or a ticket of TLS 1.3
+            try:
+                data = source.recv(65536)
+            except ssl.SSLWantReadError:
+                continue
+            finally:
+                source.settimeout(None)
             if not data:
                 return
             if source is site:
