@@ -6,9 +6,9 @@ import argparse
 import datetime
 from pathlib import Path
 
+from client.commands_model import model_arguments, model_of
 from client.config import SiteFolder
 from shared.command import Commands
-from shared.config import require
 from shared.files import write_new
 
 MOST_RECORDS = 6
@@ -25,7 +25,7 @@ def add_commands(commands: Commands) -> None:
         "nothing. Nothing leaves this machine, and nothing is charged. It is no diagnosis. "
         "Needs the package captum: pip install 'fedward[explain]'.",
     )
-    explain.add_argument("model", type=Path, help="the folder with model.safetensors")
+    model_arguments(explain)
     explain.add_argument(
         "file", type=Path, nargs="?",
         help="a CSV or Parquet file (default: the data that site.toml names)",
@@ -36,9 +36,6 @@ def add_commands(commands: Commands) -> None:
         "--of", default="", metavar="ANSWER",
         help="a class, or the end of a survival interval (default: the likeliest, the last)",
     )  # fmt: skip
-    explain.add_argument(
-        "--as-released", action="store_true", help="even where this site has its own version"
-    )
     explain.set_defaults(command=_explain, recorded="explain")
 
 
@@ -46,20 +43,12 @@ def _explain(arguments: argparse.Namespace) -> int:
     from client.attribution import require_captum  # noqa: PLC0415  # torch takes seconds
     from client.explanation import explain  # noqa: PLC0415
     from client.explanation_page import render  # noqa: PLC0415
-    from client.own_model import usable  # noqa: PLC0415
     from client.records import records_of  # noqa: PLC0415
-    from shared.released import read_model  # noqa: PLC0415
 
     require_captum()
-    require(
-        not arguments.out.exists(),
-        f"{arguments.out} exists already. Give another file with --out.",
-    )
-    model = read_model(arguments.model)
-    arguments.plan_sha256 = model.plan.sha256
+    asked, own = model_of(arguments)
     folder = SiteFolder(arguments.site)
-    asked, own = usable(folder, model, as_released=arguments.as_released)
-    inputs = records_of(folder, model.plan, arguments.patient, arguments.file)
+    inputs = records_of(folder, asked.plan, arguments.patient, arguments.file)
     found = [explain(asked, one, arguments.of) for one in inputs[:MOST_RECORDS]]
     made = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     page = render(asked, arguments.patient, found, records=len(inputs), made=made, own=own)

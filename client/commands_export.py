@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from client.config import SiteFolder
+from client.commands_model import model_arguments, model_of
 from shared.command import Commands
-from shared.config import require
 from shared.errors import FedwardError
 from shared.files import write_new
 
@@ -21,26 +20,15 @@ def add_commands(commands: Commands) -> None:
         "`predict` gives. It is compared with PyTorch before it is written. It holds the model "
         "and no patient. Needs the packages onnx and onnxscript: pip install 'fedward[onnx]'.",
     )
-    export.add_argument("model", type=Path, help="the folder with model.safetensors")
+    model_arguments(export)
     export.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new ONNX file")
-    export.add_argument(
-        "--as-released", action="store_true", help="even where this site has its own version"
-    )
     export.set_defaults(command=_export, recorded="export")
 
 
 def _export(arguments: argparse.Namespace) -> int:
     from client.export import TOLERANCE, export_onnx, largest_difference  # noqa: PLC0415
-    from client.own_model import usable  # noqa: PLC0415
-    from shared.released import read_model  # noqa: PLC0415
 
-    require(
-        not arguments.out.exists(),
-        f"{arguments.out} exists already. Give another file with --out.",
-    )
-    model = read_model(arguments.model)
-    arguments.plan_sha256 = model.plan.sha256
-    asked, own = usable(SiteFolder(arguments.site), model, as_released=arguments.as_released)
+    asked, own = model_of(arguments)
     data = export_onnx(asked)
     off = largest_difference(data, asked)
     if off is not None and off > 1:

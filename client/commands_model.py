@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import IO
 
 from client.config import SiteFolder
-from client.data.table import read_inputs
 from client.own_model import usable
 from client.prediction import outputs_of
+from client.records import read_unlabelled
 from shared.command import Commands
 from shared.config import require
-from shared.errors import ConfigError
-from shared.released import answers, read_model
+from shared.released import ReleasedModel, answers, read_model
 
 
 def add_commands(commands: Commands) -> None:
@@ -27,33 +26,39 @@ def add_commands(commands: Commands) -> None:
         "the model says of each row. Nothing leaves this machine, and nothing is charged: a model "
         "is used here, not trained. It supports a decision and makes none.",
     )
-    predict.add_argument("model", type=Path, help="the folder with model.safetensors")
+    model_arguments(predict)
     predict.add_argument("file", type=Path, help="a CSV or Parquet file")
     predict.add_argument("--out", type=Path, help="a CSV file (default: standard output)")
-    predict.add_argument(
-        "--as-released", action="store_true", help="even where this site has its own version"
-    )
     predict.set_defaults(command=_predict, recorded="predict")
 
 
-def _predict(arguments: argparse.Namespace) -> int:
-    model = read_model(arguments.model)
+def model_arguments(command: argparse.ArgumentParser) -> None:
+    """A command's model, as `model_of` reads it."""
+    command.add_argument("model", type=Path, help="the folder with model.safetensors")
+    command.add_argument(
+        "--as-released", action="store_true", help="even where this site has its own version"
+    )
+
+
+def model_of(arguments: argparse.Namespace) -> tuple[ReleasedModel, bool]:
+    """The model to ask, and whether it is this site's own; the journal gets its plan's hash.
+
+    Raises:
+        ConfigError: there is none to ask, or the file of --out exists already.
+    """
+    model, out = read_model(arguments.model), arguments.out
     arguments.plan_sha256 = model.plan.sha256
-    folder = SiteFolder(arguments.site)
-    asked, own = usable(folder, model, as_released=arguments.as_released)
+    require(not out or not out.exists(), f"{out} exists already. Give another file with --out.")
+    return usable(SiteFolder(arguments.site), model, as_released=arguments.as_released)
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    asked, own = model_of(arguments)
     if own:
         print("By this site's own version of the model (--as-released: not).", file=sys.stderr)
-    source = folder.config().source
-    require(
-        not arguments.out or not arguments.out.exists(),
-        f"{arguments.out} exists already. Give another file with --out.",
-    )
-    if source is None or source.table is None:
-        raise ConfigError(
-            "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
-        )
-    inputs, patients = read_inputs(arguments.file, source.table, model.plan.task)
-    columns = answers(model.plan.task, outputs_of(asked, inputs))
+    task = asked.plan.task
+    inputs, patients = read_unlabelled(SiteFolder(arguments.site).config(), task, arguments.file)
+    columns = answers(task, outputs_of(asked, inputs))
     rows = zip(patients, *columns.values(), strict=True)
     lines = [[name, *(f"{value:.6g}" for value in values)] for name, *values in rows]
     if arguments.out is None:

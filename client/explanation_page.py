@@ -23,6 +23,7 @@ from shared.page_parts import (
     paragraph,
     section,
     table,
+    tiles,
     unfold,
 )
 from shared.page_style import STYLE
@@ -126,7 +127,7 @@ def _record(plan: StudyPlan, one: Explanation, which: str, number: int) -> Html:
 
 def _tiles(plan: StudyPlan, one: Explanation) -> Html:
     against = "a black image" if one.maps is not None else "the baseline"
-    tiles = (
+    entries = (
         (
             _capital(_named(plan, one.name)),
             _amount(plan, one.risk),
@@ -135,29 +136,15 @@ def _tiles(plan: StudyPlan, one: Explanation) -> Html:
         ("Compared with", _amount(plan, one.start), f"what it says of {against}"),
         ("Difference", _change(plan, one.risk - one.start), "what is explained below"),
     )
-    return element(
-        "dl",
-        (
-            element(
-                "div",
-                element("dt", name),
-                element("dd", value, class_="big"),
-                element("dd", note, class_="small"),
-                class_="tile",
-            )
-            for name, value, note in tiles
-        ),
-        class_="tiles",
-        style="grid-template-columns:repeat(auto-fit,minmax(11rem,1fr))",
-    )
+    return tiles(entries, style="grid-template-columns:repeat(auto-fit,minmax(11rem,1fr))")
 
 
 def _bars(plan: StudyPlan, one: Explanation) -> Html:
     shown, rest = one.contributions[:MOST_BARS], one.contributions[MOST_BARS:]
     most = max((abs(part.shapley) for part in shown), default=0.0) or 1.0
     items = [
-        _bar(plan, part.feature.name, f"{part.value}; compared with {part.baseline}", part, most)
-        for part in shown
+        _lane(plan, p.feature.name, f"{p.value}; compared with {p.baseline}", p.shapley, most)
+        for p in shown
     ]
     if rest:
         others = sum(part.shapley for part in rest)
@@ -167,10 +154,6 @@ def _bars(plan: StudyPlan, one: Explanation) -> Html:
     return join([
         element("h3", "What moved it"), key, element("ul", items, class_="parts"), _table(plan, one)
     ])  # fmt: skip
-
-
-def _bar(plan: StudyPlan, name: str, of: str, part: Contribution, most: float) -> Html:
-    return _lane(plan, name, of, part.shapley, most)
 
 
 def _lane(plan: StudyPlan, name: str, of: str, value: float, most: float) -> Html:

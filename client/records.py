@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from client.data.table import read_inputs
 from shared.config import require
 from shared.errors import ConfigError
 from shared.plan import StudyPlan
+from shared.task_plan import TaskPlan
 
 PARTS: tuple[Part, ...] = ("train", "test")
 
@@ -35,11 +37,7 @@ def records_of(
     """
     config = folder.config()
     if file is not None:
-        if config.source is None or config.source.table is None:
-            raise ConfigError(
-                "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
-            )
-        inputs, names = read_inputs(file, config.source.table, plan.task)
+        inputs, names = read_unlabelled(config, plan.task, file)
         found = inputs[[name == patient for name in names]]
     else:
         found = np.concatenate([_of(part, patient) for part in _own(folder, config, plan)])
@@ -50,6 +48,21 @@ def records_of(
         "fedward-site explain MODEL FILE --patient ID.",
     )
     return found
+
+
+def read_unlabelled(
+    config: SiteConfig, task: TaskPlan, file: Path
+) -> tuple[NDArray[np.float32], Sequence[str]]:
+    """Inputs and patients of a table by site.toml's mapping, no label needed.
+
+    Raises:
+        ConfigError: site.toml maps no table, or the file does not fit the mapping.
+    """
+    if config.source is None or config.source.table is None:
+        raise ConfigError(
+            "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
+        )
+    return read_inputs(file, config.source.table, task)
 
 
 def _own(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> list[PatientDataset]:

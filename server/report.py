@@ -18,7 +18,7 @@ from server.report_results import hospital_section, result_section
 from server.report_rounds import numbers_section, participation_section, time_section
 from server.results import write_text
 from shared.markup import Html, element, join
-from shared.page_parts import document, paragraph, section
+from shared.page_parts import document, paragraph, section, tiles
 from shared.page_style import STYLE
 
 _PARTS = (
@@ -180,17 +180,7 @@ def _tiles(results: Results) -> Html:
             facts.plural(lost, "dropout"),
         ),
     ]
-    tiles = (
-        element(
-            "div",
-            element("dt", name),
-            element("dd", value, class_="big"),
-            element("dd", note, class_="small"),
-            class_="tile",
-        )
-        for name, value, note in entries
-    )
-    return element("dl", tiles, class_="tiles")
+    return tiles(entries)
 
 
 def limits_section(results: Results) -> Html:

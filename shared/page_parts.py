@@ -6,7 +6,7 @@ no network, no font.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,6 +92,21 @@ def fact_list(pairs: Sequence[tuple[str, Child]]) -> Html:
         (join([element("dt", name), element("dd", value)]) for name, value in pairs),
         class_="facts",
     )
+
+
+def tiles(entries: Iterable[tuple[str, str, Child]], **attributes: str) -> Html:
+    """The few figures that matter most, given as (name, value, note)."""
+    each = (
+        element(
+            "div",
+            element("dt", name),
+            element("dd", value, class_="big"),
+            element("dd", note, class_="small"),
+            class_="tile",
+        )
+        for name, value, note in entries
+    )
+    return element("dl", each, class_="tiles", **attributes)
 
 
 def figure(*children: Child, caption: Child = None) -> Html:

@@ -12,7 +12,17 @@ from typing import Any
 
 from server.facts import plural
 from shared.markup import Child, Html, element, join
-from shared.page_parts import Column, Row, document, fact_list, paragraph, section, table, unfold
+from shared.page_parts import (
+    Column,
+    Row,
+    document,
+    fact_list,
+    paragraph,
+    section,
+    table,
+    tiles,
+    unfold,
+)
 from shared.page_style import STYLE
 from simulations.audits.page_chart import chart
 
@@ -139,26 +149,13 @@ def _counts(findings: Sequence[Record]) -> dict[str, int]:
 def _tiles(record: Record) -> Html:
     claim, counts = record.get("claim", {}), _counts(record["findings"])
     bound = _strongest(record["findings"])
-    tiles = [
+    entries = [
         ("Epsilon promised", _number(claim.get("epsilon")), "per patient of one hospital"),
         ("Epsilon spent", _number(claim.get("epsilon_spent")), "by the hospitals' receipts"),
         ("Strongest attack", _number(bound), "lower bound of epsilon reached"),
         ("Violated", str(counts["violated"]), f"of {sum(counts.values())} claims"),
     ]
-    return element(
-        "dl",
-        (
-            element(
-                "div",
-                element("dt", name),
-                element("dd", value, class_="big"),
-                element("dd", note, class_="small"),
-                class_="tile",
-            )
-            for name, value, note in tiles
-        ),
-        class_="tiles",
-    )
+    return tiles(entries)
 
 
 def _strongest(findings: Sequence[Record]) -> float | None:
