@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from client.app import forget_sites
 from client.data.dataset import PatientDataset
 from server.app import make_server_app
+from server.outcome import RoundReport
 from server.rounds import Observer, StudyOutcome
 from shared.plan import StudyPlan
+from simulations import cli
 from simulations.engines import run_in_process
 from simulations.grid import FaultHook, no_faults
 from simulations.hospitals import load_hospitals
@@ -53,3 +58,20 @@ class Sites:
         finally:
             forget_sites()
         return outcomes[0]
+
+
+def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    """Press Ctrl-C once so many rounds have ended."""
+    build = cli._observer
+
+    def observer(plan: Any, progress: Any) -> Any:
+        inner = build(plan, progress)
+
+        def observe(report: RoundReport) -> None:
+            inner(report)
+            if report.round_no == after:
+                raise KeyboardInterrupt
+
+        return observe
+
+    monkeypatch.setattr(cli, "_observer", observer)

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_cases import stopping
 
 from client.app import forget_sites
 from client.cli import main as site_command
 from client.config import SiteFolder
 from client.site import Site
 from server.app import make_server_app
-from server.outcome import RoundReport, StudyOutcome
+from server.outcome import StudyOutcome
 from shared.errors import PolicyError
 from shared.messages import encode
 from shared.plan import StudyPlan
@@ -43,23 +44,6 @@ SITES = ("city", "county", "rural", "university")
 def run(out: Path) -> int:
     sets = [part for value in SETTINGS for part in ("--set", value)]
     return cli.main(["run", "breast_cancer", "--quiet", "--out", str(out), *sets])
-
-
-def stop_after(round_no: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Press Ctrl-C once so many rounds have ended."""
-    build = cli._observer
-
-    def observer(plan: Any, progress: Any) -> Any:
-        inner = build(plan, progress)
-
-        def observe(report: RoundReport) -> None:
-            inner(report)
-            if report.round_no == round_no:
-                raise KeyboardInterrupt
-
-        return observe
-
-    monkeypatch.setattr(cli, "_observer", observer)
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +73,7 @@ def test_two_halves_with_a_restart_between_cost_what_one_go_costs(
     whole, halves = tmp_path / "a" / "run", tmp_path / "b" / "run"
     assert run(whole) == 0
     with monkeypatch.context() as patched:
-        stop_after(2, patched)
+        stopping(patched, after=2)
         assert run(halves) == 130
     forget_sites()  # every hospital's process ends, too
     half = {name: spent(Unfinished.of(halves).sites / name, capsys) for name in SITES}

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from study_cases import stopping
 
 from client.app import forget_sites
-from server.outcome import RoundReport
 from simulations import cli
 
 SMALL = ["training.rounds=3", "training.local_steps=1", "evaluation.bins=16"]
@@ -19,23 +19,6 @@ def command(out: Path, *more: str) -> list[str]:
     sets = [part for value in SMALL for part in ("--set", value)]
     same = ("--quiet", "--insecure-reproducible")
     return ["run", "breast_cancer", *same, "--out", str(out), *sets, *more]
-
-
-def stopping(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
-    """Press Ctrl-C once so many rounds have ended."""
-    build = cli._observer
-
-    def observer(plan: Any, progress: Any) -> Any:
-        inner = build(plan, progress)
-
-        def observe(report: RoundReport) -> None:
-            inner(report)
-            if report.round_no == after:
-                raise KeyboardInterrupt
-
-        return observe
-
-    monkeypatch.setattr(cli, "_observer", observer)
 
 
 def results(out: Path) -> dict[str, Any]:

@@ -25,7 +25,6 @@ import argparse
 import random
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -47,7 +46,7 @@ from shared.optimizers import apply_update, initial_state
 from shared.plan import EvaluationPlan, SitePlan, StudyPlan
 from shared.privacy import noise_multiplier_of
 from shared.task_plan import ImagePlan
-from simulations.benchmarks.report import Row, best_of, parser, publish
+from simulations.benchmarks.report import Row, best_of, one_thread, parser, publish
 from simulations.engines import run_in_process
 from simulations.hospitals import Hospital
 from simulations.run import RunOptions, execute, prepare
@@ -75,9 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--only", choices=("noise", "study", "round"), help="one of the three parts"
     )
     chosen = options.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(1)
+    one_thread()
     parts = {"noise": sampling, "study": long_study, "round": cnn_rounds}
     rows: list[Row] = []
     ratios: dict[str, float] = {}

@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from flwr.clientapp import ClientApp
 
 import client.app
@@ -41,7 +39,7 @@ from server.transport import GridTransport
 from shared.identity import Identity
 from shared.secagg.merkle import Tree
 from shared.secagg.ring import Ring
-from simulations.benchmarks.report import Row, parser, publish
+from simulations.benchmarks.report import Row, one_thread, parser, publish
 from simulations.benchmarks.stopwatch import Place, Stopwatch, measured
 from simulations.grid import InProcessGrid
 from simulations.run import RunOptions, execute, prepare
@@ -102,9 +100,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0] if __doc__ else "")
     options.add_argument("--rounds", type=int, help="of the long study (default 1000)")
     chosen = options.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(1)
+    one_thread()
     rounds = chosen.rounds or (4 if chosen.quick else TARGET_ROUNDS)
     rows, ratios = long_study(rounds)
     more_rows, more_ratios = split_rounds(chosen)

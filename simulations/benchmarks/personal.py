@@ -14,12 +14,10 @@ from __future__ import annotations
 
 import sys
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from client.finetune import Tuning, tuning_plan
 from client.noise import ChaChaRandom
@@ -27,7 +25,7 @@ from client.training import LocalTrainer
 from shared.privacy import noise_multiplier_of
 from shared.released import read_model
 from simulations.baselines import evaluate
-from simulations.benchmarks.report import Row, parser, publish
+from simulations.benchmarks.report import Row, one_thread, parser, publish
 from simulations.benchmarks.utility import mean_and_sd
 from simulations.run import PreparedRun, RunOptions, execute, prepare
 from simulations.scenario import load_scenario
@@ -68,9 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
     names = [name for name in METHODS if not name.startswith("images")]
     options.add_argument("--methods", nargs="*", default=names, choices=list(METHODS))
     chosen = options.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(1)
+    one_thread()
     seeds = range(1, 2 if chosen.quick else chosen.seeds + 1)
     rows: list[Row] = []
     for method in chosen.methods:

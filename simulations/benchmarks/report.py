@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import time
+import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -26,6 +27,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="small sizes, to see that it works")
     options.add_argument("--repetitions", type=int, default=5, help="take the best of (default 5)")
     return options
+
+
+def one_thread() -> None:
+    """Let torch compute in one thread, so that CPU seconds compare, and silence libraries."""
+    import torch  # noqa: PLC0415  # the secure sum's benchmarks need none
+
+    warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    torch.set_num_threads(1)
 
 
 def best_of(

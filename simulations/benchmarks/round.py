@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import tempfile
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -41,7 +39,7 @@ from shared.parameters import FlatVector
 from shared.plan import EvaluationPlan, SitePlan, StudyPlan
 from shared.privacy import noise_multiplier_of
 from shared.task_plan import ImagePlan
-from simulations.benchmarks.report import Row, parser, publish
+from simulations.benchmarks.report import Row, one_thread, parser, publish
 from simulations.engines import run_in_process
 from simulations.grid import InProcessGrid
 from simulations.hospitals import Hospital
@@ -62,9 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--local-steps", type=int, nargs="+", help="a row for each (default 1 5)")
     options.add_argument("--width", type=int, help="of the CNN (default 136: a million parameters)")
     chosen = options.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(1)
+    one_thread()
     width = chosen.width or (4 if chosen.quick else 136)
     repetitions = 1 if chosen.quick else chosen.repetitions
     rows: list[Row] = []

@@ -16,12 +16,10 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
 from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
 from client.data.dataset import PatientDataset
@@ -30,7 +28,7 @@ from shared.plan import EvaluationPlan, StudyPlan
 from shared.statistics import Records
 from shared.tasks import values_of
 from simulations.baselines import pool
-from simulations.benchmarks.report import Row, parser, publish
+from simulations.benchmarks.report import Row, one_thread, parser, publish
 from simulations.benchmarks.utility import mean_and_sd
 from simulations.hospitals import load_hospitals
 from simulations.run import RunOptions, execute, prepare
@@ -60,9 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--data", metavar="FOLDER", help="where the data files of heart lie")
     options.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
     chosen = options.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(1)
+    one_thread()
     seeds = range(1, 2 if chosen.quick else chosen.seeds + 1)
     rows: list[Row] = []
     ratios: dict[str, float] = {}

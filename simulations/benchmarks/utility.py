@@ -18,16 +18,14 @@ import argparse
 import itertools
 import math
 import tempfile
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from simulations.benchmarks import flamby
-from simulations.benchmarks.report import Row, parser, publish
+from simulations.benchmarks.report import Row, one_thread, parser, publish
 from simulations.run import RunOptions, execute, prepare
 from simulations.scenario import Scenario, load_scenario
 
@@ -69,9 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     options.add_argument("--flamby", action="store_true", help="compare with FLamby's published")
     chosen = options.parse_args(arguments)
-    warnings.filterwarnings("ignore", category=UserWarning, module="opacus")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    torch.set_num_threads(1)
+    one_thread()
     seeds = chosen.seeds or (1 if chosen.quick else 5)
     rows: Sequence[Row]
     if chosen.flamby:
