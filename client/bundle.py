@@ -1,9 +1,10 @@
-"""Flower's private hooks in the SuperNode, in this one file: which code may run, how often it asks.
+"""Flower's private hooks in the SuperNode: which code may run, how often it asks, what it sends.
 
 Flower would run whatever bundle the SuperLink offers. Here a bundle is refused unless its SHA-256
 is that of the installed version's own (shared/bundle.py), and even then nothing is unpacked: the
-worker (client/worker.py) runs the installed package. The hooks belong to Flower 1.41; `check_hooks`
-refuses to start on a Flower where they are not what they were.
+worker (client/worker.py) runs the installed package. A reply is announced anew where a part of it
+was not taken (client/delivery.py). The hooks belong to Flower 1.41; `check_hooks` refuses to start
+on a Flower where they are not what they were.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import flwr
 from flwr.supercore.run import RunNotRunningException
 
+from client.delivery import Delivery
 from shared.bundle import bundle_sha256
 from shared.errors import ConfigError
 
@@ -53,6 +55,7 @@ _SIGNATURES = {
         "max_retries",
         "max_wait_time",
     ),
+    "_push_messages": ("state", "object_store", "send", "push_object"),
 }
 _SOURCES = {
     "start_client_internal": ("trusted_entities=trusted_entities", "time.sleep(3)"),
@@ -62,7 +65,7 @@ _SOURCES = {
         "FAB_VERIFICATION_ERROR",
         "state.store_fab(fab)",
     ),
-    "_push_messages": ("time.sleep(0.5)",),
+    "_push_messages": ("time.sleep(0.5)", "= send(", "partial(push_object, run_id, session_id)"),
 }
 
 
@@ -90,7 +93,7 @@ def check_hooks(version: str = flwr.__version__) -> Any:
 
 
 def install_hooks(expected_sha256: str) -> None:
-    """Let Flower's SuperNode in this process accept one bundle alone, and ask more often.
+    """Let Flower's SuperNode in this process accept one bundle alone, ask more often, and deliver.
 
     Args:
         expected_sha256: 64 hex digits of the only bundle that may run.
@@ -99,7 +102,7 @@ def install_hooks(expected_sha256: str) -> None:
         ConfigError: see `check_hooks`.
     """
     internal = check_hooks()
-    internal._init_connection = _claims_licence(internal._init_connection)
+    internal._init_connection = _adjusted(internal._init_connection)
     internal._verify_fab = _allow(expected_sha256)
     pull = internal._pull_and_store_message
     asked = _Pace()
@@ -149,13 +152,17 @@ def _allow(expected_sha256: str) -> Callable[[Any, dict[str, str]], bool]:
     return verify
 
 
-def _claims_licence(connect: Callable[..., Any]) -> Callable[..., Any]:
-    """Let every bundle reach the check: Flower refuses one without a licence before it looks."""
+def _adjusted(connect: Callable[..., Any]) -> Callable[..., Any]:
+    """Let every bundle reach the check, and every reply the server.
+
+    Flower refuses a bundle without a licence before it looks at its content.
+    """
 
     @contextmanager
     def connection(**kwargs: Any) -> Iterator[tuple[Any, ...]]:
         with connect(**kwargs) as conn:
-            node_id, receive, send, get_run, get_fab, *rest = conn
+            node_id, receive, send, get_run, get_fab, pull_object, push_object, confirm = conn
+            delivery = Delivery(send, push_object)
 
             def get_marked(fab_hash: str, run_id: int) -> Any:
                 fab = get_fab(fab_hash, run_id)
@@ -163,7 +170,10 @@ def _claims_licence(connect: Callable[..., Any]) -> Callable[..., Any]:
                 fab.verifications["valid_license"] = "checked by hash"
                 return fab
 
-            yield (node_id, receive, send, get_run, get_marked, *rest)
+            yield (
+                *(node_id, receive, delivery.send, get_run, get_marked),
+                *(pull_object, delivery.push, confirm),
+            )
 
     return connection
 

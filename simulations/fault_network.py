@@ -52,10 +52,14 @@ def delayed(play: Play) -> None:
 def duplicated(play: Play) -> None:
     """Whatever carries a reply of a site reaches the server twice, through the whole study.
 
-    Not the sites' questions: the answer to the second one would be lost, and a message with it.
+    The site is given the answer to either, as a gateway would that sends a request again. Not the
+    sites' questions: the answer to the second one would be lost, and a message with it.
     """
-    replies = Treatment(copies=2)
-    play.meddler.rule = lambda who, path: replies if "/push-" in path else Treatment()
+    chance = random.Random(7)
+    replies = [Treatment(copies=2, answer=answer) for answer in (0, 1)]
+    play.meddler.rule = lambda who, path: (
+        chance.choice(replies) if "/push-" in path else Treatment()
+    )
     play.begin()
     play.end_or_resume()
 

@@ -30,12 +30,14 @@ class Treatment:
         lose_request: Never reaches the server; the site is told 503, as by a broken gateway.
         lose_reply: Reaches the server; the site is told the same.
         copies: How often it reaches the server.
+        answer: Which copy's answer the site is given.
     """
 
     delay_s: float = 0.0
     lose_request: bool = False
     lose_reply: bool = False
     copies: int = 1
+    answer: int = 0
 
 
 Rule = Callable[[str, str], Treatment]
@@ -124,10 +126,11 @@ class _App(FleetProxy):
                 raise httpx.ConnectError("lost on the way there")
             meddler.record(bytes(request["content"]))  # type: ignore[call-overload]
             answers = [await send(url, **request) for _ in range(treatment.copies)]  # type: ignore[arg-type]
-            meddler.record(answers[0].content)
+            answer = answers[treatment.answer]
+            meddler.record(answer.content)
             if treatment.lose_reply:
                 raise httpx.ConnectError("lost on the way back")
-            return answers[0]
+            return answer
 
         self._client.post = post  # type: ignore[method-assign, assignment]
 
