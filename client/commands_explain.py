@@ -6,7 +6,7 @@ import argparse
 import datetime
 from pathlib import Path
 
-from client.commands_model import model_arguments, model_of
+from client.commands_model import model_arguments, model_of, new_records
 from client.config import SiteFolder
 from shared.command import Commands
 from shared.files import write_new
@@ -28,7 +28,8 @@ def add_commands(commands: Commands) -> None:
     model_arguments(explain)
     explain.add_argument(
         "file", type=Path, nargs="?",
-        help="a CSV or Parquet file (default: the data that site.toml names)",
+        help="a table, an image, a scan or a folder of them, no label needed (default: the data "
+        "that site.toml names)",
     )  # fmt: skip
     explain.add_argument("--patient", required=True, metavar="ID", help="as in the data")
     explain.add_argument("--out", type=Path, required=True, metavar="FILE", help="a new HTML file")
@@ -48,7 +49,8 @@ def _explain(arguments: argparse.Namespace) -> int:
     require_captum()
     asked, own = model_of(arguments)
     folder = SiteFolder(arguments.site)
-    inputs = records_of(folder, asked.plan, arguments.patient, arguments.file)
+    given = None if arguments.file is None else new_records(folder, asked, arguments.file)
+    inputs = records_of(folder, asked.plan, arguments.patient, given)
     found = [explain(asked, one, arguments.of) for one in inputs[:MOST_RECORDS]]
     made = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     page = render(asked, arguments.patient, found, records=len(inputs), made=made, own=own)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import IO
 
 from client.config import SiteFolder
+from client.data.unlabelled import Unlabelled, read_unlabelled
 from client.own_model import usable
 from client.prediction import outputs_of
-from client.records import read_unlabelled
 from shared.command import Commands
 from shared.config import require
 from shared.released import ReleasedModel, answers, read_model
@@ -22,12 +22,13 @@ def add_commands(commands: Commands) -> None:
     predict = commands.add_parser(
         "predict",
         help="use a released model on this hospital's patients",
-        description="Reads a table by the mapping in site.toml, no label needed, and writes what "
-        "the model says of each row. Nothing leaves this machine, and nothing is charged: a model "
-        "is used here, not trained. It supports a decision and makes none.",
+        description="Reads a table by the mapping in site.toml, or images or scans, no label "
+        "needed, and writes what the model says of each row or record. Nothing leaves this "
+        "machine, and nothing is charged: a model is used here, not trained. It supports a "
+        "decision and makes none.",
     )
     model_arguments(predict)
-    predict.add_argument("file", type=Path, help="a CSV or Parquet file")
+    predict.add_argument("file", type=Path, help="a table, an image, a scan or a folder of them")
     predict.add_argument("--out", type=Path, help="a CSV file (default: standard output)")
     predict.set_defaults(command=_predict, recorded="predict")
 
@@ -52,14 +53,22 @@ def model_of(arguments: argparse.Namespace) -> tuple[ReleasedModel, bool]:
     return usable(SiteFolder(arguments.site), model, as_released=arguments.as_released)
 
 
+def new_records(folder: SiteFolder, model: ReleasedModel, file: Path) -> Unlabelled:
+    """What a command was given to ask the model about; what was left out is said on stderr."""
+    found = read_unlabelled(file, folder.config().source, model.plan.task)
+    for line in found.notes.lines()[1:]:
+        print(f"{file}: {line}", file=sys.stderr)
+    return found
+
+
 def _predict(arguments: argparse.Namespace) -> int:
     asked, own = model_of(arguments)
     if own:
         print("By this site's own version of the model (--as-released: not).", file=sys.stderr)
     task = asked.plan.task
-    inputs, patients = read_unlabelled(SiteFolder(arguments.site).config(), task, arguments.file)
-    columns = answers(task, outputs_of(asked, inputs))
-    rows = zip(patients, *columns.values(), strict=True)
+    found = new_records(SiteFolder(arguments.site), asked, arguments.file)
+    columns = answers(task, outputs_of(asked, found.inputs))
+    rows = zip(found.patients, *columns.values(), strict=True)
     lines = [[name, *(f"{value:.6g}" for value in values)] for name, *values in rows]
     if arguments.out is None:
         _write(sys.stdout, ["patient", *columns], lines)

@@ -19,7 +19,7 @@ from shared.answers import risk_names
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import feature_columns, public_baseline
-from shared.released import ReleasedModel
+from shared.released import ReleasedModel, require_plain_inputs
 from shared.task_plan import FeaturePlan, TaskPlan
 
 BLACK = -1.0
@@ -94,16 +94,7 @@ def explain(model: ReleasedModel, inputs: NDArray[np.float32], of: str = "") -> 
         ConfigError: `of` is none of the task's, or the model reads features made of pictures.
     """
     task = model.plan.task
-    require(
-        task.image is None or task.image.features == "pixels",
-        "this model reads fixed features that were made of the picture, which cannot be laid back "
-        "over it. Models that read pixels (cnn, resnet18) can be explained.",
-    )
-    require(
-        task.scaling == "public-range",
-        "this model was scaled by each hospital's own data, so its inputs have no common unit. "
-        "Models with scaling = 'public-range' can be explained.",
-    )
+    require_plain_inputs(task, "explained")
     names, module = risk_names(task), model.module()
     said = {name: risk_at(Risk(module, task, i), inputs) for i, name in enumerate(names)}
     name = _chosen(task, said, of)

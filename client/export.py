@@ -13,23 +13,20 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
 
-from shared.answers import answer_names, answers_of
-from shared.config import require
+from client.portable import Portable
+from shared.answers import answer_names
 from shared.errors import ConfigError
-from shared.features import MISSING_CATEGORY
 from shared.files import read_bytes
-from shared.released import ReleasedModel
-from shared.task_plan import FeaturePlan, ImagePlan, TaskPlan
+from shared.released import ReleasedModel, require_plain_inputs
+from shared.task_plan import FeaturePlan, TaskPlan
 
 SCHEMA = "fedward-onnx/1"
 TOLERANCE = 1e-5
@@ -37,118 +34,6 @@ TOLERANCE = 1e-5
 
 _CHECKED = 16  # invented records that a file is compared on
 _OPSET = 18
-
-
-class Portable(nn.Module):
-    """Raw records to answers; see `describe` for what goes in and comes out."""
-
-    def __init__(self, model: ReleasedModel) -> None:
-        super().__init__()
-        self.task = model.plan.task
-        self.module = model.module()
-        image = self.task.image
-        self.prepare = Encoding(self.task) if image is None else Scaling(image)
-
-    def forward(self, raw: Tensor) -> Tensor:
-        """Answers, shape (n, columns); NaN for a record that the plan does not admit."""
-        inputs, usable = self.prepare(raw)
-        answers = answers_of(self.task, self.module(inputs))
-        return torch.where(usable[:, None], answers, torch.full_like(answers, torch.nan))
-
-
-class Scaling(nn.Module):
-    """`features.scale_pixels` on raw pixels (n, *grid, channels), and which records are usable."""
-
-    def __init__(self, image: ImagePlan) -> None:
-        super().__init__()
-        self._black, self._factor = image.black, 2.0 / (image.white - image.black)
-
-    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (n, channels, *grid), and (n,)."""
-        unit = (raw - self._black) * self._factor - 1.0
-        usable = torch.isfinite(raw).flatten(1).all(dim=1)
-        return torch.clamp(torch.movedim(unit, -1, 1), -1.0, 1.0), usable
-
-
-class Encoding(nn.Module):
-    """`features.encode` on raw features (n, features), and which records it would not refuse.
-
-    Every encoded column looks at one feature: as a number, as one of its categories, or at whether
-    it is missing.
-    """
-
-    middle: Tensor
-    reach: Tensor
-    code: Tensor
-    absent: Tensor
-    number: Tensor
-    flag: Tensor
-    source: Tensor
-    counts: Tensor
-    refuses: Tensor
-
-    def __init__(self, task: TaskPlan) -> None:
-        super().__init__()
-        columns = [c for i, f in enumerate(task.features) for c in _columns(i, f, task.encoding)]
-        tables: dict[str, list[Any]] = {
-            name: [getattr(column, name) for column in columns]
-            for name in ("middle", "reach", "code", "absent", "number", "flag", "source")
-        }
-        tables["counts"] = [float(len(feature.categories)) for feature in task.features]
-        tables["refuses"] = [feature.missing == "refuse" for feature in task.features]
-        for name, values in tables.items():
-            self.register_buffer(name, torch.tensor(values), persistent=False)
-
-    def forward(self, raw: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs (n, width), and (n,)."""
-        category = self.counts > 0
-        missing = torch.isnan(raw) | (category & (raw == MISSING_CATEGORY))
-        among = (raw >= 0) & (raw < self.counts) & (raw == torch.floor(raw))
-        known = (category & among) | (~category & torch.isfinite(raw))
-        usable = ((known & ~missing) | (missing & ~self.refuses)).all(dim=1)
-        value, gone = raw[:, self.source], missing[:, self.source]
-        filled = torch.where(gone, self.middle, value)
-        scaled = torch.clamp((filled - self.middle) / self.reach, -1.0, 1.0)
-        chosen = torch.where(gone, self.absent, (value == self.code).to(raw.dtype))
-        other = torch.where(self.flag, gone.to(raw.dtype), chosen)
-        return torch.where(self.number, scaled, other), usable
-
-
-@dataclass(frozen=True)
-class _Column:
-    """One encoded column.
-
-    Attributes:
-        source: The feature's place among the plan's.
-        number: Whether it is the scaled number.
-        flag: Whether it says that the feature is missing.
-        middle: Of a number's range.
-        reach: From there to its ends.
-        code: Of a category that is compared with.
-        absent: What the column holds where a category is missing.
-    """
-
-    source: int
-    number: bool = False
-    flag: bool = False
-    middle: float = 0.0
-    reach: float = 1.0
-    code: float = -2.0
-    absent: float = 0.0
-
-
-def _columns(source: int, feature: FeaturePlan, encoding: str) -> Iterator[_Column]:
-    """The columns of one feature, in the order of `features.column_names`."""
-    if feature.type == "number":
-        low, high = feature.minimum or 0.0, feature.maximum or 0.0
-        yield _Column(source, number=True, middle=(low + high) / 2, reach=(high - low) / 2)
-    else:
-        absent = 1.0 / len(feature.categories) if feature.missing == "midpoint" else 0.0
-        first = 1 if encoding == "drop-first" else 0
-        for code in range(first, len(feature.categories)):
-            yield _Column(source, code=float(code), absent=absent)
-    if feature.missing == "indicator":
-        yield _Column(source, flag=True)
 
 
 def export_onnx(model: ReleasedModel) -> bytes:
@@ -200,17 +85,7 @@ def _require_exportable(model: ReleasedModel) -> None:
             f"an export needs the packages {' and '.join(absent)}, which are not installed. "
             "Install them: pip install 'fedward[onnx]'."
         )
-    task = model.plan.task
-    require(
-        task.image is None or task.image.features == "pixels",
-        "this model reads fixed features that were made of the picture outside it, so no file can "
-        "hold the whole way. Models that read pixels (cnn, resnet18) can be exported.",
-    )
-    require(
-        task.scaling == "public-range",
-        "this model was scaled by each hospital's own data, which must not be in a file. "
-        "Models with scaling = 'public-range' can be exported.",
-    )
+    require_plain_inputs(model.plan.task, "exported")
 
 
 def describe(model: ReleasedModel) -> dict[str, Any]:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,17 +9,15 @@ from client.config import Part, SiteConfig, SiteFolder
 from client.data.dataset import PatientDataset
 from client.data.prepared import read_prepared
 from client.data.site_config import read_source
-from client.data.table import read_inputs
+from client.data.unlabelled import Unlabelled
 from shared.config import require
-from shared.errors import ConfigError
 from shared.plan import StudyPlan
-from shared.task_plan import TaskPlan
 
 PARTS: tuple[Part, ...] = ("train", "test")
 
 
 def records_of(
-    folder: SiteFolder, plan: StudyPlan, patient: str, file: Path | None = None
+    folder: SiteFolder, plan: StudyPlan, patient: str, given: Unlabelled | None = None
 ) -> NDArray[np.float32]:
     """The records of one patient, shape (records, *input_shape), scaled by the plan.
 
@@ -30,39 +25,25 @@ def records_of(
         folder: Of this site.
         plan: Of the model.
         patient: The hospital's own identifier.
-        file: A table by site.toml's mapping, no label needed. Left out: the site's own data.
+        given: New records to look among; the only one is taken for the patient's where it cannot
+            say whose it is. Left out: the site's own data.
 
     Raises:
         ConfigError: there is no such patient, or the data do not fit; never the identifier.
     """
-    config = folder.config()
-    if file is not None:
-        inputs, names = read_unlabelled(config, plan.task, file)
-        found = inputs[[name == patient for name in names]]
+    if given is not None:
+        alone = len(given.inputs) == 1 and not given.named
+        found = given.inputs[[alone or name == patient for name in given.patients]]
     else:
-        found = np.concatenate([_of(part, patient) for part in _own(folder, config, plan)])
+        own = _own(folder, folder.config(), plan)
+        found = np.concatenate([_of(part, patient) for part in own])
     require(
         len(found) > 0,
-        f"{file or 'this site'} has no record of that patient. Give the identifier as it stands "
-        "in the data; for a patient who is not in the study's data, name the table: "
-        "fedward-site explain MODEL FILE --patient ID.",
+        f"{'this site' if given is None else 'the file'} has no record of that patient. Give the "
+        "identifier as it stands in the data (or in a picture's name); for a patient who is not in "
+        "the study's data, name the file: fedward-site explain MODEL FILE --patient ID.",
     )
     return found
-
-
-def read_unlabelled(
-    config: SiteConfig, task: TaskPlan, file: Path
-) -> tuple[NDArray[np.float32], Sequence[str]]:
-    """Inputs and patients of a table by site.toml's mapping, no label needed.
-
-    Raises:
-        ConfigError: site.toml maps no table, or the file does not fit the mapping.
-    """
-    if config.source is None or config.source.table is None:
-        raise ConfigError(
-            "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
-        )
-    return read_inputs(file, config.source.table, task)
 
 
 def _own(folder: SiteFolder, config: SiteConfig, plan: StudyPlan) -> list[PatientDataset]:

@@ -55,6 +55,30 @@ class ReleasedModel:
         return module.eval()
 
 
+def require_plain_inputs(task: TaskPlan, done: str) -> None:
+    """Refuse a model whose inputs are not each record's own values, scaled by the plan alone.
+
+    Args:
+        task: Of the model's plan.
+        done: What such a model cannot be: "explained", "exported".
+
+    Raises:
+        ConfigError: it reads features made of the picture by something that is no part of it, or
+            what each hospital's own data scaled.
+    """
+    require(
+        task.image is None or task.image.pixels,
+        f"this model cannot be {done}: it reads fixed features that were made of the picture "
+        "outside it. A model that reads pixels can: cnn, resnet18, vit, or a pretrained network "
+        "with image.trainable = 'all'.",
+    )
+    require(
+        task.scaling == "public-range",
+        f"this model cannot be {done}: it was scaled by each hospital's own data, which is no part "
+        "of it. A model with scaling = 'public-range' can.",
+    )
+
+
 def read_model(folder: Path) -> ReleasedModel:
     """Read model.safetensors and model.json of a run directory, or of a folder with both.
 

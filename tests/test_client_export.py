@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from client import export
 from client.cli import main
-from client.export import SCHEMA, TOLERANCE, Encoding, Scaling, ask, describe, export_onnx, off_by
+from client.export import SCHEMA, TOLERANCE, ask, describe, export_onnx, off_by
+from client.portable import CellMeans, Encoding, Scaling
 from client.prediction import outputs_of
 from server.record import write_model
 from server.rounds import StudyOutcome
@@ -25,7 +26,7 @@ from shared.features import encode, feature_columns, scale_pixels
 from shared.models import initial_parameters
 from shared.optimizers import initial_state
 from shared.plan import StudyPlan
-from shared.released import ReleasedModel, answers, read_model
+from shared.released import ReleasedModel, answers, read_model, require_plain_inputs
 from shared.task_plan import FeaturePlan, ImagePlan, TaskPlan
 from simulations.hospitals import load_hospitals
 from simulations.scenario import load_scenario
@@ -87,6 +88,15 @@ def test_the_files_scaling_is_the_plans(channels: int, depth: int) -> None:
     np.testing.assert_allclose(inputs.numpy(), scale_pixels(image, raw), atol=1e-6)
 
 
+@pytest.mark.parametrize(("grid", "cells"), [((12, 8), (4, 4)), ((9, 7, 11), (4, 3, 5))])
+def test_cell_means_are_pytorchs_adaptive_pooling(
+    grid: tuple[int, ...], cells: tuple[int, ...]
+) -> None:
+    pool = torch.nn.AdaptiveAvgPool3d if len(grid) == 3 else torch.nn.AdaptiveAvgPool2d
+    images = torch.rand(2, 3, *grid)
+    torch.testing.assert_close(CellMeans(cells)(images), pool(cells)(images))
+
+
 def raw_of(task: TaskPlan, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     """Test records in their own units again."""
     if task.image is not None:
@@ -104,7 +114,13 @@ def raw_of(task: TaskPlan, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "folder"),
-    [("breast_cancer", ""), ("diabetes", ""), ("nodules", ""), ("tcga_brca", "tcga_brca_6regions")],
+    [
+        ("breast_cancer", ""),
+        ("diabetes", ""),
+        ("nodules", ""),
+        ("tcga_brca", "tcga_brca_6regions"),
+        ("adrenal", "adrenalmnist3d"),
+    ],
 )
 def test_the_file_equals_pytorch_on_a_studys_test_data(
     name: str, folder: str, request: pytest.FixtureRequest
@@ -167,6 +183,13 @@ def test_what_cannot_be_in_a_file_is_refused() -> None:
     assert scattered.task.image is not None
     with pytest.raises(ConfigError, match="features that were made of the picture"):
         export_onnx(ReleasedModel(scattered, np.zeros(0, dtype=np.float32), ""))
+    whole = dataclasses.replace(
+        scattered.task.image, features="resnet18", weights_sha256="0" * 64, trainable="all"
+    )
+    require_plain_inputs(dataclasses.replace(scattered.task, image=whole), "exported")
+    stage = dataclasses.replace(whole, trainable="last-stage")
+    with pytest.raises(ConfigError, match="cannot be exported: it reads fixed features"):
+        require_plain_inputs(dataclasses.replace(scattered.task, image=stage), "exported")
     flamby = load_scenario("heart_flamby_fedavg").plan
     with pytest.raises(ConfigError, match="each hospital's own data"):
         export_onnx(ReleasedModel(flamby, np.zeros(0, dtype=np.float32), ""))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -57,25 +57,31 @@ def read_dicom_folder(folder: Path, mapping: ScanMapping, task: TaskPlan) -> Rea
     Raises:
         ConfigError: no usable file, or labels that do not fit; names the folder or its table.
     """
-    image, found = image_of(folder, task), Found()
+    found = find_dicom(files_below(folder, mapping.labels), mapping, image_of(folder, task))
+    return to_dataset(folder, found, mapping, task)
+
+
+def find_dicom(files: Iterable[tuple[str, Path]], mapping: ScanMapping, image: ImagePlan) -> Found:
+    """Read DICOM files, given by name and path, as images or as series; labels play no part."""
+    found = Found()
     # pydicom's warnings and log lines may quote values of the file.
     logging.getLogger("pydicom").setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        files = _read_headers(folder, mapping, found)
+        readable = _read_headers(files, found)
         if image.depth:
-            for series in _by_series(files):
+            for series in _by_series(readable):
                 found.take(series[0].name, partial(_volume, series, image, mapping))
         else:
-            for file in files:
+            for file in readable:
                 found.take(file.name, partial(_flat, file, image, mapping))
-    _warn_of_text(files, found)
-    return to_dataset(folder, found, mapping, task)
+    _warn_of_text(readable, found)
+    return found
 
 
-def _read_headers(folder: Path, mapping: ScanMapping, found: Found) -> list[_File]:
+def _read_headers(listed: Iterable[tuple[str, Path]], found: Found) -> list[_File]:
     files: list[_File] = []
-    for name, path in files_below(folder, mapping.labels):
+    for name, path in listed:
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
             _check_header(header)

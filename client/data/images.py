@@ -31,7 +31,7 @@ from shared.task_plan import ImagePlan, TaskPlan
 
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP")
 AT_ONCE = 32  # images that are in memory at once
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp")
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def read_image_folder(folder: Path, mapping: ImageMapping, task: TaskPlan) -> Re
     spool = Spool()
     for first in range(0, len(listing.files), AT_ONCE):
         pixels = [
-            _pixels(file, task.image, mapping.resize, f"{listed}: {listing.entry} {number}")
+            read_pixels(file, task.image, mapping.resize, f"{listed}: {listing.entry} {number}")
             for number, file in enumerate(listing.files[first : first + AT_ONCE], start=first + 1)
         ]
         spool.add(image_inputs(task.image, np.stack(pixels)))
@@ -131,7 +131,7 @@ def _by_class(folder: Path, mapping: ImageMapping) -> _Listing:
         "patient an image is of: patient_separator = '_' takes the file's name up to that text, "
         "one_image_per_patient = true vouches that no patient has two. Give one of them.",
     )
-    files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in _SUFFIXES)
+    files = sorted(p for p in folder.glob("*/*") if p.suffix.lower() in SUFFIXES)
     stems = [file.stem for file in files]
     if mapping.patient_separator:
         stems = [stem.split(mapping.patient_separator)[0] for stem in stems]
@@ -145,7 +145,12 @@ def _as_table(mapping: ImageMapping, task: TaskPlan) -> TableMapping:
     return TableMapping(one_row_per_patient=True, columns=(label,))
 
 
-def _pixels(file: Path, image: ImagePlan, resize: bool, where: str) -> NDArray[np.generic]:
+def read_pixels(file: Path, image: ImagePlan, resize: bool, where: str) -> NDArray[np.generic]:
+    """One image's pixels in their own unit, shape (height, width) or (height, width, 3).
+
+    Raises:
+        ConfigError: it is no image, or of another size; the message says `where`, not the file.
+    """
     try:
         with Image.open(file, formats=FORMATS) as opened:
             if opened.mode.startswith(("I", "F")) and image.channels == 1:  # 16 or 32 bits a pixel

@@ -7,6 +7,7 @@ habits do not matter; slices run along the last axis. NIfTI names no patient: th
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from client.data.table import Reading
 from shared.config import require
 from shared.task_plan import ImagePlan, TaskPlan
 
-_ENDINGS = (".nii", ".nii.gz")
+ENDINGS = (".nii", ".nii.gz")
 
 
 def read_nifti_folder(folder: Path, mapping: ScanMapping, task: TaskPlan) -> Reading:
@@ -42,15 +43,28 @@ def read_nifti_folder(folder: Path, mapping: ScanMapping, task: TaskPlan) -> Rea
     Raises:
         ConfigError: the plan's image is flat, no usable file, or labels that do not fit.
     """
-    image, found = image_of(folder, task), Found()
-    require(bool(image.depth), f"{folder}: NIfTI holds volumes, and the plan's image is flat.")
-    require(mapping.window == "plan", f"{folder}: NIfTI names no window; use window = 'plan'.")
-    for file, path in files_below(folder, mapping.labels):
-        if path.name.lower().endswith(_ENDINGS):
+    image = image_of(folder, task)
+    found = find_nifti(folder, files_below(folder, mapping.labels), mapping, image)
+    return to_dataset(folder, found, mapping, task)
+
+
+def find_nifti(
+    where: Path, files: Iterable[tuple[str, Path]], mapping: ScanMapping, image: ImagePlan
+) -> Found:
+    """Read NIfTI files, given by name and path; labels play no part.
+
+    Raises:
+        ConfigError: the plan's image is flat, or the mapping asks for a file's own window.
+    """
+    require(bool(image.depth), f"{where}: NIfTI holds volumes, and the plan's image is flat.")
+    require(mapping.window == "plan", f"{where}: NIfTI names no window; use window = 'plan'.")
+    found = Found()
+    for file, path in files:
+        if path.name.lower().endswith(ENDINGS):
             found.take(file, partial(_scan, file, path, image, mapping))
         else:
             found.rejected.append((file, "not named .nii or .nii.gz"))
-    return to_dataset(folder, found, mapping, task)
+    return found
 
 
 _canonical: Any = nibabel.as_closest_canonical

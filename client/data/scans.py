@@ -126,12 +126,7 @@ def to_dataset(folder: Path, found: Found, mapping: ScanMapping, task: TaskPlan)
     Raises:
         ConfigError: no usable scan, or labels that do not fit; names the folder or its table.
     """
-    require(
-        bool(found.scans),
-        f"{folder}: none of {len(found.rejected)} files is usable"
-        + (f"; the first: {found.rejected[0][1]}." if found.rejected else ": there is none.")
-        + " Check the path and the export.",
-    )
+    require_scans(folder, found)
     texts = _label_texts(folder, found.scans, mapping)
     known = [i for i, text in enumerate(texts) if text is not None]
     missing = len(texts) - len(known)
@@ -153,6 +148,16 @@ def to_dataset(folder: Path, found: Found, mapping: ScanMapping, task: TaskPlan)
         len(texts), missing, rejected=tuple(found.rejected), warnings=tuple(found.warnings)
     )
     return Reading(data, notes)
+
+
+def require_scans(where: Path, found: Found) -> None:
+    """Raise ConfigError where a reader found nothing that it could use."""
+    require(
+        bool(found.scans),
+        f"{where}: none of {len(found.rejected)} files is usable"
+        + (f"; the first: {found.rejected[0][1]}." if found.rejected else ": there is none.")
+        + " Check the path and the export.",
+    )
 
 
 def _label_texts(folder: Path, scans: Sequence[Scan], mapping: ScanMapping) -> Sequence[str | None]:

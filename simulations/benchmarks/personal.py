@@ -1,12 +1,13 @@
 """What each hospital gains or loses by fine-tuning, a head of its own, and SCAFFOLD.
 
     python -m simulations.benchmarks.personal [--scenario heart] [--data FOLDER] [--seeds 3]
-        [--methods ...] [--json FILE]
+        [--methods ...] [--set KEY=VALUE ...] [--json FILE]
 
 Each hospital tests on its own test patients the model that it would use: the common one, or its
 own. `tuned` spends half of epsilon on the study and half on fine-tuning at each hospital, so that
 all rows cost the same (composition of the two is below the sum). The drift rows take ten local
-steps a round. Figures are means over seeds of the mean over hospitals, with the sample standard
+steps a round; the rows of norms take the scenario's own model, which must have some. Figures are
+means over seeds of the mean over hospitals, with the sample standard
 deviation over seeds, and the mean of every hospital. Draws and noise are new in every study.
 """
 
@@ -32,6 +33,7 @@ from simulations.scenario import load_scenario
 
 EPSILON = 8.0
 _MLP = ("model.name=mlp", "training.rounds=25", "training.learning_rate=1.0")
+_DISTRIBUTED = ("privacy.mode=distributed",)
 _DRIFT = ("training.rounds=10", "training.local_steps=10")
 METHODS: Mapping[str, Sequence[str]] = {
     "common": _MLP,
@@ -44,14 +46,19 @@ METHODS: Mapping[str, Sequence[str]] = {
     "drift, scaffold, no privacy": (
         *_MLP, *_DRIFT, "optimizer.name=scaffold", "privacy.mode=none",
     ),
-    "images, common": (),
-    "images, own norms": ('model.personal=["norms"]',),
+    "distributed, common": (*_MLP[:1], *_DISTRIBUTED),
+    "distributed, own head": (*_MLP[:1], *_DISTRIBUTED, 'model.personal=["head"]'),
+    "norms, common": (),
+    "norms, own": ('model.personal=["norms"]',),
+    "norms, common, no privacy": ("privacy.mode=none",),
+    "norms, own, no privacy": ('model.personal=["norms"]', "privacy.mode=none"),
 }  # fmt: skip
 COMPARED = (
     ("own head", "common"), ("own first layer", "common"), ("tuned", "common"),
     ("drift, scaffold", "drift, fedavg"),
     ("drift, scaffold, no privacy", "drift, fedavg, no privacy"),
-    ("images, own norms", "images, common"),
+    ("distributed, own head", "distributed, common"), ("norms, own", "norms, common"),
+    ("norms, own, no privacy", "norms, common, no privacy"),
 )  # fmt: skip
 TUNING = Tuning(epsilon=EPSILON / 2, steps=20, learning_rate=0.5)
 """For `tuned`; with rate and clip norm of the study. Not searched for."""
@@ -63,14 +70,17 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--scenario", default="heart", help="default: heart")
     options.add_argument("--data", metavar="FOLDER", help="where the scenario's data files lie")
     options.add_argument("--seeds", type=int, default=3, help="how many (default 3)")
-    names = [name for name in METHODS if not name.startswith("images")]
+    names = [name for name in METHODS if not name.startswith("norms")]
     options.add_argument("--methods", nargs="*", default=names, choices=list(METHODS))
+    options.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="in all rows")
     chosen = options.parse_args(arguments)
     one_thread()
     seeds = range(1, 2 if chosen.quick else chosen.seeds + 1)
     rows: list[Row] = []
     for method in chosen.methods:
-        overrides = list(METHODS[method]) + (["training.rounds=2"] if chosen.quick else [])
+        overrides = [*METHODS[method], *chosen.set] + (
+            ["training.rounds=2"] if chosen.quick else []
+        )
         if chosen.data:
             overrides.append(f'simulation.folder="{Path(chosen.data).expanduser().resolve()}"')
         found = [_per_site(chosen.scenario, method, overrides, seed) for seed in seeds]
