@@ -6,15 +6,15 @@ import argparse
 import csv
 import sys
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from client.config import SiteFolder
-from client.data.unlabelled import Unlabelled, read_unlabelled
-from client.own_model import usable
-from client.prediction import outputs_of
 from shared.command import Commands
 from shared.config import require
-from shared.released import ReleasedModel, answers, read_model
+
+if TYPE_CHECKING:
+    from client.data.unlabelled import Unlabelled
+    from shared.released import ReleasedModel
 
 
 def add_commands(commands: Commands) -> None:
@@ -47,6 +47,9 @@ def model_of(arguments: argparse.Namespace) -> tuple[ReleasedModel, bool]:
     Raises:
         ConfigError: there is none to ask, or the file of --out exists already.
     """
+    from client.own_model import usable  # noqa: PLC0415  # torch takes seconds
+    from shared.released import read_model  # noqa: PLC0415
+
     model, out = read_model(arguments.model), arguments.out
     arguments.plan_sha256 = model.plan.sha256
     require(not out or not out.exists(), f"{out} exists already. Give another file with --out.")
@@ -55,6 +58,8 @@ def model_of(arguments: argparse.Namespace) -> tuple[ReleasedModel, bool]:
 
 def new_records(folder: SiteFolder, model: ReleasedModel, file: Path) -> Unlabelled:
     """What a command was given to ask the model about; what was left out is said on stderr."""
+    from client.data.unlabelled import read_unlabelled  # noqa: PLC0415
+
     found = read_unlabelled(file, folder.config().source, model.plan.task)
     for line in found.notes.lines()[1:]:
         print(f"{file}: {line}", file=sys.stderr)
@@ -62,6 +67,9 @@ def new_records(folder: SiteFolder, model: ReleasedModel, file: Path) -> Unlabel
 
 
 def _predict(arguments: argparse.Namespace) -> int:
+    from client.prediction import outputs_of  # noqa: PLC0415
+    from shared.released import answers  # noqa: PLC0415
+
     asked, own = model_of(arguments)
     if own:
         print("By this site's own version of the model (--as-released: not).", file=sys.stderr)

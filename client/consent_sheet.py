@@ -9,7 +9,6 @@ from client.consent import SiteFacts
 from client.policy import DatasetPolicy
 from shared.counts import count_kind, count_noise
 from shared.identity import fingerprint
-from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
 from shared.privacy import (
     costs_of,
@@ -60,6 +59,8 @@ def _learnt(plan: StudyPlan) -> list[str]:
             f"Nothing: of {inputs}, and of {task.label!r}, it is counted how many patients have "
             "which value, and of numbers the mean and the spread, once, over all sites together."
         )
+    from shared.models import build_model, parameter_spec  # noqa: PLC0415  # torch takes seconds
+
     size = parameter_spec(build_model(plan)).length
     return [
         *_wrapped(f"{task.label!r} ({task.kind}; positive: {task.positive!r}) from {inputs}"),

@@ -7,7 +7,6 @@ from client.consent import Books, People
 from client.data.dataset import PatientDataset, joined
 from client.data.prepared import read_prepared
 from shared.errors import ConfigError, PolicyError
-from shared.models import input_shape
 from shared.plan import StudyPlan
 from shared.privacy import Use, costs_of
 
@@ -28,6 +27,8 @@ def read_parts(
         ConfigError: a file is missing or damaged, or its records do not have the plan's shape.
         PolicyError: the data name no patients, and the policy does not say that rows are patients.
     """
+    from shared.models import input_shape  # noqa: PLC0415  # torch takes seconds
+
     source = None if config.data is not None else config.source
     if source and not source.names_patients and not books.limits.rows_are_patients:
         raise PolicyError(

@@ -26,7 +26,6 @@ from client.probe import Peer, ProbeError, handshake, reach, resolve
 from shared.errors import ConfigError, FedwardError, ProtocolError
 from shared.kit import Address, Kit, address, day
 from shared.messages import PROTOCOL_VERSION
-from shared.models import build_model, parameter_spec
 from shared.plan import StudyPlan
 from shared.version import fedward_version, require_version
 
@@ -262,6 +261,8 @@ def _disk(folder: SiteFolder, plan: StudyPlan | None) -> Line:
     free = shutil.disk_usage(folder.path).free
     needed = LEAST_FREE
     if plan is not None:
+        from shared.models import build_model, parameter_spec  # noqa: PLC0415  # torch
+
         # A run keeps the model, its moments, and masked vectors until they are settled.
         needed += 64 * parameter_spec(build_model(plan)).length
     fact = f"{free / 2**30:.1f} GiB free, {needed / 2**30:.1f} needed"

@@ -16,7 +16,6 @@ import os
 import secrets
 from pathlib import Path
 
-from client.bundle import check_hooks
 from client.config import SiteFolder
 from client.site_metrics import site_metrics, tally_file
 from shared.errors import ConfigError
@@ -84,6 +83,8 @@ def up(folder: SiteFolder, metrics: Address | None = None) -> None:
 
 def _check(folder: SiteFolder) -> None:
     """Whatever the processes would stumble over again and again is said once, here."""
+    from client.bundle import check_hooks  # noqa: PLC0415  # Flower takes seconds to import
+
     config = folder.config()
     books = folder.books(config, folder.identity())
     try:

@@ -174,6 +174,8 @@ def _warm_up() -> None:
     """Import what the first round needs, before it comes."""
     importlib.import_module("client.clipping")  # Opacus
     importlib.import_module("client.run")
+    importlib.import_module("dp_accounting.pld")
+    importlib.import_module("dp_accounting.rdp")
 
 
 def main() -> None:

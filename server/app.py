@@ -9,9 +9,10 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 from server.evidence import NoRecord, Recorder
-from server.live import RunFolder, work
+from server.live import work
 from server.outcome import Observer, StudyOutcome
 from server.rounds import Study
+from server.run_folder import RunFolder
 from server.transport import GridTransport
 from shared.bundle import RUN_FOLDER
 from shared.child import end_after_parent

@@ -6,14 +6,16 @@ import argparse
 import time
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from server.live import RunFolder
 from server.project import Project
 from shared import plan as plans
 from shared.errors import ConfigError
 from shared.exposition import metrics_address
 from shared.supervise import log_to_terminal, read_health
+
+if TYPE_CHECKING:
+    from server.run_folder import RunFolder
 
 Commands = argparse._SubParsersAction  # argparse gives it no public name
 
@@ -113,9 +115,10 @@ def _watch(arguments: argparse.Namespace) -> int:
 
 def _follow(project: Project, run: RunFolder) -> int:
     from server.runs import flower_run_status, follow  # noqa: PLC0415
-    from server.up import running_link  # noqa: PLC0415
 
     def flower_status() -> str:
+        from server.up import running_link  # noqa: PLC0415
+
         with running_link(project) as link:
             return flower_run_status(link, run)
 
@@ -161,10 +164,9 @@ def _sum_of(facts: dict[str, Any]) -> str:
 
 def _status(arguments: argparse.Namespace) -> int:
     from server.runs import all_runs  # noqa: PLC0415
-    from server.up import health_file  # noqa: PLC0415
 
     project = _project(arguments)
-    health = read_health(health_file(project))
+    health = read_health(project.health_file)
     if health is None:
         print("The server is not running. Start it: fedward-server up")
     else:

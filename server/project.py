@@ -181,6 +181,11 @@ class Project:
         return self.path / "link.db"
 
     @property
+    def health_file(self) -> Path:
+        """There while `fedward-server up` runs."""
+        return self.path / "health.json"
+
+    @property
     def roster_file(self) -> Path:
         """The signed roster."""
         return self.path / "roster.json"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from server.live import RunFolder
 from server.project import Project
+from server.run_folder import RunFolder
 from server.runs import all_runs, rounds_of
 from shared.exposition import Metric, process_metrics
 

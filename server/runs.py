@@ -1,6 +1,6 @@
 """Starts, resumes and follows the runs of a project; the work itself is the ServerApp's.
 
-PROJECT/runs/RUN/             see server/live.py
+PROJECT/runs/RUN/             see server/run_folder.py
 PROJECT/runs/RUN/flower.json  the Flower run that works on it now
 """
 
@@ -14,14 +14,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from server.link import Link, node_key_bytes
-from server.live import RunFolder, RunRecord, RunSite, create_run
 from server.project import Project
+from server.run_folder import RunFolder, RunRecord, RunSite, create_run
 from shared.errors import ConfigError, FedwardError
 from shared.plan import StudyPlan
 from shared.supervise import write_json
+
+if TYPE_CHECKING:
+    from server.link import Link
 
 FINAL = ("finished", "failed")
 UNFINISHED = ("pending", "starting", "running")
@@ -49,6 +51,8 @@ def new_run(project: Project, plan: StudyPlan, wait_s: float, now: float) -> Run
     Raises:
         ConfigError: a site of the plan is not an active site of the project.
     """
+    from server.link import node_key_bytes  # noqa: PLC0415  # Flower takes seconds
+
     active = project.active(now)
     missing = [name for name in plan.cohort.names if name not in active]
     if missing:
@@ -192,7 +196,7 @@ def flower_run_status(link: Link, run: RunFolder) -> str:
 
 
 def rounds_of(run: RunFolder) -> list[dict[str, Any]]:
-    """The rounds of a run so far; see server/live.py."""
+    """The rounds of a run so far; see server/run_folder.py."""
     file = run.path / "rounds.jsonl"
     if not file.exists():
         return []

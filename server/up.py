@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from server.link import Link, children, connect, node_key_bytes
@@ -42,18 +41,13 @@ def up(project: Project, metrics: Address | None = None) -> None:
         supervisor = Supervisor(
             children(project, port),
             logs=project.path / "logs",
-            health=health_file(project),
+            health=project.health_file,
             env=environment(project.path / "flower"),
             facts=gate.facts,
         )
         collect = lambda: project_metrics(project, supervisor.health())  # noqa: E731
         with gate.watching(), serve_metrics(metrics, collect):
             supervisor.run()
-
-
-def health_file(project: Project) -> Path:
-    """There while `up` runs."""
-    return project.path / "health.json"
 
 
 @contextmanager
@@ -63,7 +57,7 @@ def running_link(project: Project) -> Iterator[Link]:
     Raises:
         ConfigError: none runs.
     """
-    health = read_health(health_file(project))
+    health = read_health(project.health_file)
     if health is None:
         raise ConfigError(
             f"the project's server is not running. Start it: fedward-server up {project.path}"

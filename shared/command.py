@@ -98,9 +98,11 @@ def folder_option(parser: argparse.ArgumentParser, flag: str, default: Path, wha
 
 
 def _leaves(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
+    """Every command that does something by itself, however deep."""
     groups = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
     inner = [choice for group in groups for choice in group.choices.values()]
-    return [leaf for choice in inner for leaf in (_leaves(choice) or [choice])]
+    mine = [choice for choice in inner if choice.get_default("command") or not _leaves(choice)]
+    return mine + [leaf for choice in inner for leaf in _leaves(choice)]
 
 
 def heard(fingerprint: str, whose: str, given: str | None) -> None:

@@ -20,10 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from shared.answers import risks_of
 from shared.features import feature_columns, public_baseline
 from shared.metrics import fieller
 from shared.plan import GroupPlan, StudyPlan
@@ -75,6 +73,10 @@ def moves_of(
 
 def _answers(task: TaskPlan, outputs: Outputs) -> Reals:
     """The answers in which a move is measured, shape (n, columns)."""
+    import torch  # noqa: PLC0415  # takes seconds
+
+    from shared.answers import risks_of  # noqa: PLC0415
+
     risks = risks_of(task, torch.from_numpy(outputs.astype(np.float64)))
     if task.kind == "survival":
         risks = risks[:, -1:]

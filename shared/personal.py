@@ -9,10 +9,8 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
 from shared.config import require
-from shared.models import build_model
 from shared.plan import StudyPlan
 
 NORMS = "norms"
@@ -26,6 +24,10 @@ def sent_coordinates(plan: StudyPlan) -> Places:
     Raises:
         ConfigError: a name in `model.personal` is no layer's, or no coordinate would leave.
     """
+    from torch import nn  # noqa: PLC0415  # torch takes seconds
+
+    from shared.models import build_model  # noqa: PLC0415
+
     module = build_model(plan)
     norms = {
         f"{name}.{leaf}"

@@ -25,15 +25,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
-
-from dp_accounting import NeighboringRelation, PrivacyAccountant, dp_event
-from dp_accounting.pld import PLDAccountant
-from dp_accounting.rdp import RdpAccountant
+from typing import TYPE_CHECKING, Literal
 
 from shared.config import require
 from shared.errors import ConfigError
 from shared.plan import StudyPlan
+
+if TYPE_CHECKING:
+    from dp_accounting import PrivacyAccountant
 
 GRID = 1e-3
 _LARGEST_MULTIPLIER = 100_000.0
@@ -358,6 +357,9 @@ def _merged(events: Sequence[PrivacyEvent], delta: float) -> Kinds:
 
 @lru_cache(maxsize=4096)
 def _epsilon(kinds: Kinds, delta: float) -> float:
+    from dp_accounting import NeighboringRelation  # noqa: PLC0415  # takes seconds
+    from dp_accounting.pld import PLDAccountant  # noqa: PLC0415
+
     accountant = PLDAccountant(
         NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=GRID
     )
@@ -372,12 +374,17 @@ def _filtered(kinds: Kinds, cap: float, delta: float) -> float:
 
 def _at_order(kinds: Kinds, order: float, delta: float) -> float:
     """Epsilon by one fixed Rényi order (Canonne, Kamath and Steinke 2020, proposition 12)."""
+    from dp_accounting import NeighboringRelation  # noqa: PLC0415
+    from dp_accounting.rdp import RdpAccountant  # noqa: PLC0415
+
     accountant = RdpAccountant([order], NeighboringRelation.ADD_OR_REMOVE_ONE)
     _compose(accountant, kinds)
     return float(accountant.get_epsilon(delta))
 
 
 def _compose(accountant: PrivacyAccountant, kinds: Kinds) -> None:
+    from dp_accounting import dp_event  # noqa: PLC0415
+
     for sigma, rate, steps in kinds:
         one = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
         accountant.compose(dp_event.SelfComposedDpEvent(one, steps))

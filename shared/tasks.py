@@ -17,22 +17,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional
 
 from shared.errors import ConfigError
 from shared.task_plan import TaskPlan
 
-RecordLosses = Callable[[Tensor, Tensor], Tensor]
+if TYPE_CHECKING:
+    from torch import Tensor  # which takes seconds, and most commands need no loss
+
+RecordLosses = Callable[["Tensor", "Tensor"], "Tensor"]
 """(outputs (n,) or (n, outputs), codes as float (n,)) -> one loss a record, shape (n,)."""
 
 VALUE_STEPS = 1 << 20
-Reals = TypeVar("Reals", Tensor, NDArray[np.float64])
+Reals = TypeVar("Reals", "Tensor", NDArray[np.float64])
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def values_of(codes: Reals) -> Reals:
 
 def binary_losses(logits: Tensor, codes: Tensor) -> Tensor:
     """Each record's own cross entropy, shape (records,)."""
+    from torch.nn import functional  # noqa: PLC0415  # torch takes seconds
+
     return functional.binary_cross_entropy_with_logits(logits, codes, reduction="none")
 
 
@@ -81,6 +83,8 @@ def _binary(task: TaskPlan, logits: Tensor, codes: Tensor) -> Tensor:
 
 def _multiclass(task: TaskPlan, logits: Tensor, codes: Tensor) -> Tensor:
     """Cross entropy."""
+    from torch.nn import functional  # noqa: PLC0415
+
     return functional.cross_entropy(logits, codes.long(), reduction="none")
 
 
@@ -98,6 +102,9 @@ def _survival(task: TaskPlan, logits: Tensor, codes: Tensor) -> Tensor:
     Source: Gensheimer, Narasimhan, "A scalable discrete-time survival model for neural
     networks", PeerJ 7:e6257, 2019, equation 3.
     """
+    import torch  # noqa: PLC0415
+    from torch.nn import functional  # noqa: PLC0415
+
     whole = codes.long()
     end, event = whole // 2, whole % 2
     intervals = torch.arange(logits.shape[1], device=logits.device)

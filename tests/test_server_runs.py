@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from server.commands_run import describe
-from server.live import RunFolder
 from server.project import Project
+from server.run_folder import RunFolder
 from server.runs import find_run, follow, rounds_of
 from server.spool import DurableSpool
 from shared.errors import ConfigError, FedwardError

@@ -14,9 +14,9 @@ from site_cases import make_site
 from client.cli import main as site_main
 from client.config import SiteFolder
 from client.site_metrics import Tally, site_metrics, tally_file
-from server.live import RunFolder
 from server.project import Project
 from server.project_metrics import project_metrics
+from server.run_folder import RunFolder
 from shared.errors import ConfigError
 from shared.exposition import Metric, exposition, metrics_address, serve_metrics
 from shared.kit import Address

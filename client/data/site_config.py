@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from client.data.dicom import read_dicom_folder
-from client.data.images import ImageMapping, read_image_folder
+from client.data.images import ImageMapping
 from client.data.mapping import TableMapping
-from client.data.nifti import read_nifti_folder
-from client.data.npz import read_npz
 from client.data.scans import ScanMapping
-from client.data.table import Reading, read_table
 from shared.config import require
 from shared.task_plan import TaskPlan
+
+if TYPE_CHECKING:
+    from client.data.table import Reading
 
 
 @dataclass(frozen=True)
@@ -84,13 +83,24 @@ def read_source(config: SourceConfig, folder: Path, task: TaskPlan) -> Reading:
     Raises:
         ConfigError: the data does not fit the mapping or the plan.
     """
+    # The readers' packages take time to import, and most commands read no data.
     path = folder / Path(config.path).expanduser()
     if config.table is not None:
+        from client.data.table import read_table  # noqa: PLC0415
+
         return read_table(path, config.table, task)
     if config.kind == "image-folder":
+        from client.data.images import read_image_folder  # noqa: PLC0415
+
         return read_image_folder(path, config.images, task)
     if config.kind == "dicom":
+        from client.data.dicom import read_dicom_folder  # noqa: PLC0415
+
         return read_dicom_folder(path, config.scans, task)
     if config.kind == "nifti":
+        from client.data.nifti import read_nifti_folder  # noqa: PLC0415
+
         return read_nifti_folder(path, config.scans, task)
+    from client.data.npz import read_npz  # noqa: PLC0415
+
     return read_npz(path, task)
