@@ -8,6 +8,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
+from server import patience
 from server.evidence import NoRecord, Recorder
 from server.live import work
 from server.outcome import Observer, StudyOutcome
@@ -96,5 +97,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Work on the run whose folder the coordinator's run config names."""
     end_after_parent()
+    patience.install()
     folder = RunFolder(Path(str(context.run_config[RUN_FOLDER])))
     work(grid, context, folder, make_server_app)

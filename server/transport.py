@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.inflatable.inflatable_utils import ObjectPushError
 
 from server.outcome import Traffic
+from server.patience import at_most
 from shared.errors import CohortError, ProtocolError
 from shared.flower import body_of, content
 from shared.messages import decode
@@ -225,15 +226,16 @@ class GridTransport:
         replies: dict[int, bytes] = {}
         deadline = self._clock() + timeout_s
         while sent:
-            for message in self._grid.pull_messages(list(sent)):
-                # An error reply has the SuperLink's node id: the request's id tells whose it is.
-                sender = sent.pop(message.metadata.reply_to_message_id, None)
-                answer = self._body(action, message)
-                if sender is not None and answer is not None:
-                    replies[sender] = answer
-                    tally.messages += 1
-                    tally.bytes_up += len(answer)
-                    tally.largest = max(tally.largest, len(answer))
+            with at_most(deadline - self._clock()):
+                for message in self._grid.pull_messages(list(sent)):
+                    # An error reply has the SuperLink's node id: the request's tells whose it is.
+                    sender = sent.pop(message.metadata.reply_to_message_id, None)
+                    answer = self._body(action, message)
+                    if sender is not None and answer is not None:
+                        replies[sender] = answer
+                        tally.messages += 1
+                        tally.bytes_up += len(answer)
+                        tally.largest = max(tally.largest, len(answer))
             if not sent or self._clock() >= deadline:
                 break
             self._sleep(self._poll_s)
