@@ -1,21 +1,21 @@
 """Every fault at every message: what becomes of it, as found by trying; shared/secagg/FAULTS.md.
 
-The file is written by this test: run it with FEDWARD_WRITE_FAULTS=1 in the environment.
+The file is written by this test: run it with FEDWARD_WRITE_FAULTS=1 in the environment. Its last
+section, on new epochs, is test_secagg_matrix_epochs.py's.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import pytest
 import secagg_play
 from secagg_faults import RELAY, Case, at, general_cases, set_up_cases
 from secagg_faults_ends import end_cases, falsify_and_skip_recheck
+from secagg_faults_page import markdown, written
 from secagg_faults_rounds import round_cases, second_set
 from secagg_play import (
     COLLUDERS,
@@ -41,8 +41,6 @@ import server.secagg_setup
 from shared.messages import decode
 from shared.secagg.messages import Confirmed
 from shared.secagg.session import Session
-
-FAULTS = Path(__file__).parent.parent / "shared" / "secagg" / "FAULTS.md"
 
 ERRORS = {"", "ProtocolError", "CohortError", "ConfigError", "BadDealError"}
 
@@ -111,10 +109,7 @@ def a_relay_that_plays_along() -> Iterator[None]:
 
 @pytest.mark.slow
 def test_the_table_is_what_the_plays_find() -> None:
-    text = render()
-    if os.environ.get("FEDWARD_WRITE_FAULTS") == "1":
-        FAULTS.write_text(text, encoding="utf-8")
-    assert FAULTS.read_text(encoding="utf-8") == text
+    assert written(render(), last=False) == render()
 
 
 @pytest.mark.slow
@@ -218,7 +213,7 @@ def _matrix(general: dict[tuple[str, str], Found]) -> str:
     for fault in faults:
         cells = [general.get((fault, where)) for where in MESSAGES]
         rows.append([fault, *(_cell(what) if what else "" for what in cells)])
-    return _markdown(["fault", *MESSAGES], rows)
+    return markdown(["fault", *MESSAGES], rows)
 
 
 def _cell(what: Found) -> str:
@@ -242,12 +237,7 @@ def _list(cases: Sequence[tuple[Case, Found]]) -> str:
         ]
         for case, what in cases
     ]
-    return _markdown(
+    return markdown(
         ["fault", "by", "at", "refused by", "error", "which says", "then", "the next round"],
         rows,
     )
-
-
-def _markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
