@@ -31,6 +31,7 @@ from simulations.audits.edge_probes import edge_checks, granularity_check
 from simulations.audits.finding import AuditOptions, AuditTarget, Finding, Verdict, artefact
 from simulations.audits.measure import Check, Floats, smallest, two_sided
 from simulations.audits.noise_probes import noise_checks
+from simulations.audits.own_counts import own_count_checks
 from simulations.audits.regimes import (
     DrawRun,
     Effort,
@@ -83,10 +84,10 @@ def run(target: AuditTarget, options: AuditOptions) -> list[Finding]:
         plan.privacy.mode != "none", "mode 'none' promises no privacy: there is nothing to audit"
     )
     with system_randomness(options.seed):
-        first = _stage(plan, options, 0)
+        first = _stage(target.plan, plan, options, 0)
         far = options.alpha / (2 * len(first.checks))
         again = [c for c in first.checks if c.p is not None and far < c.p < FIRST]
-        second = _stage(plan, options, 1) if again else None
+        second = _stage(target.plan, plan, options, 1) if again else None
     return [_judge(check, first, second, far) for check in first.checks]
 
 
@@ -118,12 +119,12 @@ def _judge(check: Check, first: _Stage, second: _Stage | None, far: float) -> Fi
     )
 
 
-def _stage(plan: StudyPlan, options: AuditOptions, number: int) -> _Stage:
-    """All checks once, on fresh randomness."""
+def _stage(own: StudyPlan, plan: StudyPlan, options: AuditOptions, number: int) -> _Stage:
+    """All checks once, on fresh randomness; `plan` is `own` on the auditor's stand-in."""
     seed = [] if options.seed is None else [options.seed, number]
     rng = np.random.default_rng(seed or None)
     effort = Effort(30, 15, 30, 8) if options.quick else Effort()
-    parts = _parts(plan, rng, effort)
+    parts = parts_of(own, plan, rng, effort)
     done, whole = 0.0, float(sum(weight for _, weight, _ in parts))
     checks: list[Check] = []
     digests: list[bytes] = []
@@ -140,9 +141,10 @@ def _stage(plan: StudyPlan, options: AuditOptions, number: int) -> _Stage:
 Part = Callable[[], tuple[list[Check], str]]
 
 
-def _parts(
-    plan: StudyPlan, rng: np.random.Generator, effort: Effort
+def parts_of(
+    own: StudyPlan, plan: StudyPlan, rng: np.random.Generator, effort: Effort
 ) -> list[tuple[str, float, Part]]:
+    """What is probed, each with its share of the work; `plan` is `own` on the stand-in."""
     if not plan.learns:
         return [("counts", 1.0, lambda: count_checks(plan, None, rng, effort))]
     setting = setting_of(plan, rng, effort)
@@ -159,6 +161,7 @@ def _parts(
         parts.append(("several steps", 2.0, lambda: _several(setting)))
     if plan.evaluation.release == "noised":
         parts.append(("counts", 2.0, lambda: count_checks(plan, setting, rng, effort)))
+        parts.append(("own counts", 0.1, lambda: (own_count_checks(own, rng), "")))
     return parts
 
 

@@ -353,7 +353,8 @@ def plain(plan: StudyPlan) -> StudyPlan:
     """The plan on a binary task and images as they are: gradients that the auditor can compute.
 
     Noise, clipping, draws and books are those of the plan; another task has another loss alone.
-    Layers that would stay at each site are audited as if they were sent, which says more.
+    Layers that would stay at each site are audited as if they were sent, which says more. Counts
+    are those of the two labels alone; own_counts.py looks at the plan's own.
 
     Raises:
         ConfigError: the plan trains nothing, or promises no privacy.
@@ -369,6 +370,7 @@ def plain(plan: StudyPlan) -> StudyPlan:
         plan,
         task=task,
         model=replace(plan.model, personal=()),
+        evaluation=replace(plan.evaluation, groups=(), importance_clip=0.0),
         training=replace(plan.training, augment=AugmentPlan()),
     )
 
