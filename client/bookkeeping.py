@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from client.layers import Batch, Flow, LayerRule, Sums, flattened, rule_of, squares_of
+from client.blocks import Block, Sums, blocks_of, squares_of
+from client.layers import Batch, Flow, LayerRule, rule_of
 from client.recurrent import RecurrentRules
 from shared.errors import SensitivityError
 
@@ -48,12 +49,16 @@ class _Use:
 
 @dataclass(eq=False)
 class _Kept:
-    """What is kept of a layer until the clipping factors are known."""
+    """What is kept of a layer until the clipping factors are known.
 
-    squares: Tensor
-    doubt: Tensor | None = None
+    Either every patient's gradient of each of its parameters, or what went through it and the
+    squared norms that follow from that.
+    """
+
     stored: Sequence[Tensor] = ()
     flow: Flow | None = None
+    squares: Tensor | None = None
+    doubt: Tensor | None = None
 
 
 class BookKeeping:
@@ -126,7 +131,12 @@ class BookKeeping:
         self._batch = Batch(owners, patients)
         self._backward(loss)
         with torch.no_grad():
-            squares = self._squares()
+            blocks = blocks_of(
+                (p, gradients)
+                for rule, kept in self._kept.items()
+                for p, gradients in zip(rule.parameters, kept.stored, strict=False)
+            )
+            squares = self._squares(blocks)
             norms = squares.sqrt()
             factors = (clip_norm / (norms + 1e-6)).clamp_(max=1.0)
             if not math.isfinite(float(squares.sum())):
@@ -134,10 +144,9 @@ class BookKeeping:
                 finite = torch.isfinite(squares)
                 norms = torch.where(finite, norms, torch.inf)
                 factors = torch.where(finite, factors, 0.0)
-                self._drop_patients(finite)
+                self._drop_patients(finite, blocks)
             weights = factors if self._batch.most == 1 else factors[owners]
-            for rule, kept in self._kept.items():
-                self._add(rule, kept, factors, weights, sums)
+            self._add(blocks, factors, weights, sums)
         self.forget()
         return norms
 
@@ -211,8 +220,9 @@ class BookKeeping:
                 self._keep(rule, uses)
 
     def _arrived(self, rule: LayerRule, use: _Use, grads: Tensor) -> None:
-        if len(grads) != self._batch.records or len(use.inputs) != self._batch.records:
-            raise SensitivityError(_unlike(rule, str(tuple(grads.shape)), self._batch.records))
+        records = self._batch.records
+        if grads.shape[0] != records or use.inputs.shape[0] != records:
+            raise SensitivityError(_unlike(rule, str(tuple(grads.shape)), records))
         if use.inputs._version != use.version:
             raise SensitivityError(
                 "a layer's input is changed in place after the layer has read it, so its gradient "
@@ -233,19 +243,20 @@ class BookKeeping:
             flows = [joined]
         if len(flows) == 1 and rule.takes_ghost(flows[0], self._batch):
             squares, doubt = rule.ghost_squares(flows[0], self._batch)
-            self._kept[rule] = _Kept(squares, doubt, flow=flows[0])
+            self._kept[rule] = _Kept(flow=flows[0], squares=squares, doubt=doubt)
         else:
             stored = rule.stored(flows[0], self._batch)
             for more in flows[1:]:
                 others = rule.stored(more, self._batch)
                 stored = [total + part for total, part in zip(stored, others, strict=True)]
-            self._kept[rule] = _Kept(squares_of(stored), stored=stored)
+            self._kept[rule] = _Kept(stored=stored)
         for use in uses:  # the graph holds on to them; what is not needed goes at once
             use.inputs, use.grads, use.saved = use.inputs[:0], None, ()
 
-    def _squares(self) -> Tensor:
+    def _squares(self, blocks: Sequence[Block]) -> Tensor:
         """Each patient's squared norm; where rounding could show, from the gradients themselves."""
-        total = torch.stack([k.squares for k in self._kept.values()]).sum(0)
+        found = [k.squares for k in self._kept.values() if k.squares is not None]
+        total = torch.stack([*found, *squares_of([block.rows for block in blocks])]).sum(0)
         doubts = [k.doubt for k in self._kept.values() if k.doubt is not None]
         if not doubts:
             return total
@@ -254,26 +265,26 @@ class BookKeeping:
             rows = self._batch.owners == patient
             alone = Batch(self._batch.owners[rows] - patient, 1)
             for rule, kept in self._kept.items():
-                if kept.flow is not None and kept.doubt is not None:
+                if kept.flow is not None and kept.squares is not None and kept.doubt is not None:
                     flow = Flow(kept.flow.inputs[rows], kept.flow.grads[rows])
-                    found = squares_of(rule.stored(flow, alone))
-                    total[patient] += found[0] - kept.squares[patient]
+                    stored = [g.reshape(1, -1) for g in rule.stored(flow, alone)]
+                    exact = torch.stack(squares_of(stored)).sum(0)
+                    total[patient] += exact[0] - kept.squares[patient]
         return total
 
-    def _add(
-        self, rule: LayerRule, kept: _Kept, factors: Tensor, weights: Tensor, sums: Sums
-    ) -> None:
-        """Add one layer's part, by a factor a patient, or as a weight a record."""
-        if kept.flow is not None:
-            rule.add_weighted(kept.flow, weights, sums)
-        for p, gradients in zip(rule.parameters, kept.stored, strict=False):
-            flat, back = flattened(gradients)
-            sums[p].add_(back(factors @ flat))
+    def _add(self, blocks: Sequence[Block], factors: Tensor, weights: Tensor, sums: Sums) -> None:
+        """Add every layer's part, by a factor a patient, or as a weight a record."""
+        for block in blocks:
+            block.add_weighted(factors, sums)
+        for rule, kept in self._kept.items():
+            if kept.flow is not None:
+                rule.add_weighted(kept.flow, weights, sums)
 
-    def _drop_patients(self, finite: Tensor) -> None:
+    def _drop_patients(self, finite: Tensor, blocks: Sequence[Block]) -> None:
+        for block in blocks:
+            block.rows = _only(finite, block.rows)
         rows = finite[self._batch.owners]
         for kept in self._kept.values():
-            kept.stored = [_only(finite, g) for g in kept.stored]
             if kept.flow is not None:
                 kept.flow = Flow(_only(rows, kept.flow.inputs), _only(rows, kept.flow.grads))
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.grad import conv1d_weight, conv2d_weight, conv3d_weight
 
-NORM_PIECE = 1 << 16  # float32 norms of more values at once come out too small
+from client.blocks import Sums
+
 LOOP_WORK = 1 << 23  # multiplications a record, from which one convolution a record is faster
 FEW_POSITIONS = 64  # fewer outputs of a convolution than this go through one matrix product
 STORED_VALUES = 1 << 22  # per-patient gradients of a layer, in all, that are held in any case
@@ -46,7 +47,7 @@ class Batch:
     @property
     def records(self) -> int:
         """How many records there are."""
-        return len(self.owners)
+        return self.owners.shape[0]
 
     @cached_property
     def most(self) -> int:
@@ -95,10 +96,6 @@ class Flow:
     inputs: Tensor
     grads: Tensor
     saved: tuple[Tensor, ...] = ()
-
-
-Sums = Mapping[nn.Parameter, Tensor]
-"""Of every parameter, the step's sum of gradients so far."""
 
 
 class LayerRule(ABC):
@@ -392,22 +389,6 @@ def rule_of(layer: nn.Module) -> LayerRule | None:
         plain = layer.max_norm is None and not layer.scale_grad_by_freq and not layer.sparse
         return EmbeddingRule(layer) if plain else None
     return _RULES[type(layer)](layer)
-
-
-def squares_of(gradients: Sequence[Tensor]) -> Tensor:
-    """Squared norms of per-patient gradients, added up over parameters, shape (patients,)."""
-    flat = [flattened(g)[0] for g in gradients]
-    pieces = [piece for g in flat for piece in torch.split(g, NORM_PIECE, dim=1)]
-    return torch.stack([torch.linalg.vector_norm(p, dim=1).square() for p in pieces]).sum(0)
-
-
-def flattened(gradients: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """(patients, ...) as (patients, d) in the order of memory, and the way back for one row."""
-    order = sorted(range(1, gradients.dim()), key=lambda i: -gradients.stride()[i])
-    ordered = gradients.permute(0, *order)
-    back = [order.index(i) for i in range(1, gradients.dim())]
-    shape = ordered.shape[1:]
-    return ordered.reshape(len(gradients), -1), lambda row: row.view(shape).permute(back)
 
 
 def _rows(x: Tensor) -> Tensor:

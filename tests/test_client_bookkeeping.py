@@ -424,7 +424,7 @@ def too_small(squares: Tensor, doubt: Tensor | None) -> tuple[Tensor, Tensor | N
 
 FAULTS: dict[str, tuple[object, str, Callable[..., object]]] = {
     "norms of stored gradients": (
-        client.bookkeeping, "squares_of", lambda real: lambda g: 0.9 * real(g)),
+        client.bookkeeping, "squares_of", lambda real: lambda g: [0.9 * s for s in real(g)]),
     "norms of single positions": (
         client.layers, "_gram_squares", lambda real: lambda *a, **k: too_small(*real(*a, **k))),
     "a patient's records apart": (
@@ -434,11 +434,11 @@ FAULTS: dict[str, tuple[object, str, Callable[..., object]]] = {
         lambda real: lambda self, flow, w, sums: real(self, flow, 1.1 * w, sums)),
     "factors above one": (
         BookKeeping, "_add",
-        lambda real: lambda self, rule, kept, f, *rest: real(self, rule, kept, f * 1.01, *rest)),
+        lambda real: lambda self, blocks, f, *rest: real(self, blocks, f * 1.01, *rest)),
     "a factor from the batch": (
         BookKeeping, "_add",
-        lambda real: lambda self, rule, kept, f, w, sums: real(
-            self, rule, kept, f * 0 + f.mean(), w * 0 + f.mean(), sums)),
+        lambda real: lambda self, blocks, f, w, sums: real(
+            self, blocks, f * 0 + f.mean(), w * 0 + f.mean(), sums)),
 }  # fmt: skip
 
 
