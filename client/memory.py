@@ -16,8 +16,8 @@ MOST_RECORDS = 512
 SHARE = 0.25
 """Of the free memory, for one physical batch: other sites may share the machine."""
 
-CACHE_VALUES = 1 << 18
-"""Input values of a physical batch that a CPU likes best: 64 images of 64 x 64."""
+CACHE_VALUES = 1 << 19
+"""Input values of a physical batch that a CPU likes best: 128 images of 64 x 64."""
 
 _MEMORY = Path("/proc/meminfo")
 _GROUP = Path("/sys/fs/cgroup")

@@ -447,11 +447,15 @@ def choose_device(name: str) -> torch.device:
 def physical_batches(counts: NDArray[np.int64], most: int) -> list[slice]:
     """Cut patients, in order, into runs of at most `most` records; none is ever split.
 
-    A patient with more than `most` records is a run alone.
+    A patient with more than `most` records is a run alone. Runs are about equally long: a short
+    last one would cost nearly as much time as a full one.
     """
+    total = int(counts.sum())
+    even = -(-total // max(1, -(-total // most)))
     runs, start, records = [], 0, 0
     for i, count in enumerate(counts.tolist()):
-        if i > start and records + count > most:
+        full = records >= even or records + count > most
+        if i > start and full:
             runs.append(slice(start, i))
             start, records = i, 0
         records += count

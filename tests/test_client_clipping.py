@@ -50,6 +50,12 @@ def test_physical_batches_cover_all_in_order_and_split_nobody(counts: list[int],
         assert counts[r]
 
 
+def test_physical_batches_are_about_equally_long() -> None:
+    # One record each: 67 in batches of at most 64 are not 64 and 3.
+    assert physical_batches(np.ones(67, dtype=np.int64), 64) == [slice(0, 34), slice(34, 67)]
+    assert physical_batches(np.ones(64, dtype=np.int64), 64) == [slice(0, 64)]
+
+
 @settings(deadline=None, max_examples=15)
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.integers(1, 20))
 def test_the_physical_batch_never_changes_the_result(counts: list[int], most: int) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from training_cases import DIVISOR, KEY, make_data, make_plan
 
-import client.bookkeeping
+import client.layers
 import client.memory
 from client.memory import free_bytes, is_out_of_memory, physical_records, record_bytes
 from client.noise import ChaChaRandom
@@ -66,7 +66,7 @@ def test_running_out_of_memory_changes_nothing_but_the_batches(
         tight, module = trainer_with(5, error, engine)
         module.sizes.clear()
         got = tight.gradient(start, np.arange(10), ChaChaRandom(KEY)) * DIVISOR
-    assert module.sizes == [12, 8, 4, 4, 4]  # 16 and 8 do not fit; then 4 at a time
+    assert module.sizes == [12, 7, 4, 4, 4]  # 16 and 8 do not fit; then 4 at a time
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
     assert "physical batches of 4 records" in caplog.text
 
@@ -84,7 +84,7 @@ def test_memory_that_ends_while_layers_are_added_adds_nobody_twice(
         return trainer.gradient(start, np.arange(12), ChaChaRandom(KEY))
 
     want = sums()
-    real = client.bookkeeping.BookKeeping._add
+    real = client.layers.LinearRule.add_weighted
 
     def once(*args: object) -> None:
         nonlocal calls
@@ -93,7 +93,7 @@ def test_memory_that_ends_while_layers_are_added_adds_nobody_twice(
             raise MemoryError
         real(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(client.bookkeeping.BookKeeping, "_add", once)
+    monkeypatch.setattr(client.layers.LinearRule, "add_weighted", once)
     np.testing.assert_allclose(sums(), want, atol=1e-7)
     assert calls > 6
 
@@ -118,7 +118,7 @@ def test_the_physical_batch_follows_the_free_memory() -> None:
     def records(free: int | None) -> int:
         return physical_records(module, example, holds_gradients=False, free=free)
 
-    assert records(None) == 64
+    assert records(None) == 128
     assert records(4 * 20 * each) == 16  # a power of two
     assert records(0) == 1
     assert record_bytes(module, example, holds_gradients=True) > each

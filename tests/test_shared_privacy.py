@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import pytest
+from dp_accounting import dp_event
+from dp_accounting.pld import PLDAccountant
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from opacus.accountants import PRVAccountant, RDPAccountant
@@ -14,6 +16,7 @@ from training_cases import make_plan
 
 from shared.errors import ConfigError
 from shared.privacy import (
+    GRID,
     PrivacyEvent,
     calibrate,
     describe,
@@ -54,6 +57,16 @@ def test_opacus_accountants_agree(sigma: float, rate: float, steps: int) -> None
     # PRV adds its own error bound of 0.01; RDP is looser, never tighter.
     assert ours <= epsilons[PRVAccountant] <= ours + 0.03
     assert epsilons[PRVAccountant] < epsilons[RDPAccountant]
+
+
+def test_epsilon_is_that_of_the_librarys_accountant_to_the_bit() -> None:
+    kinds = [(0.9, 0.1, 30), (1.2, 1.0, 2), (0.9, 0.2, 5)]
+    accountant = PLDAccountant(value_discretization_interval=GRID)
+    for sigma, rate, steps in sorted(kinds):
+        step = dp_event.PoissonSampledDpEvent(rate, dp_event.GaussianDpEvent(sigma))
+        accountant.compose(dp_event.SelfComposedDpEvent(step, steps))
+    events = [PrivacyEvent(*kind) for kind in kinds]
+    assert epsilon_of_events(events, 1e-5) == accountant.get_epsilon(1e-5)
 
 
 def test_accounting_twenty_rounds_one_by_one_hides_most_of_the_cost() -> None:
