@@ -8,6 +8,7 @@ from typing import Any
 from server import facts
 from server.facts import amount
 from server.model_card import NOT_RELEASED, Card
+from server.report_groups import FEW, IMPORTANCE, group_tables, with_interval
 from shared.markup import Child, Html, element
 from shared.page_parts import (
     Column,
@@ -154,49 +155,21 @@ def _fairness(fairness: Mapping[str, Any]) -> Html:
     if fairness["groups"] == NOT_RELEASED:
         said = f"By sex and age: {NOT_RELEASED}. {fairness['why'].capitalize()}."
         return section("fairness", "Fairness", paragraph(said))
-    columns = [Column("Group", numeric=False), Column("patients")]
-    columns += [Column(name) for name in _BY_GROUP]
-    tables = [
-        table(f"By {grouping['feature']}", columns, [_group(own) for own in grouping["groups"]])
-        for grouping in fairness["groups"]
-    ]
     note = (
         f"From {fairness['why']}. In brackets: where the value without noise lies, 95 % of the "
-        "time. Groups of few patients are mostly noise."
+        f"time. {FEW}"
     )
-    return section("fairness", "Fairness", paragraph(note), *tables)
-
-
-_BY_GROUP = ("accuracy", "recall", "specificity")
-
-
-def _group(own: Mapping[str, Any]) -> Row:
-    cells = [own["name"], facts.whole(own["patients"])]
-    return Row((*cells, *(_with_interval(own, n, f"{n}_interval") for n in _BY_GROUP)))
-
-
-def _with_interval(table_: Mapping[str, Any], value: str, interval: str) -> str:
-    if value not in table_:
-        return "–"
-    shown = amount(table_[value], 3)
-    ends = table_.get(interval)
-    return f"{shown} ({amount(ends[0], 3)} to {amount(ends[1], 3)})" if ends else shown
+    return section("fairness", "Fairness", paragraph(note), group_tables(fairness["groups"]))
 
 
 def _importances(importances: Any) -> Html:
     if importances == NOT_RELEASED:
         said = "The plan releases no importances of features; each hospital can explain its own "
         return section("importances", "What moves it", paragraph(said + "patients' predictions."))
-    said = (
-        "How far the answer moves when one feature alone is put to the middle of its plausible "
-        "range (a category: all alike), averaged over all hospitals' test patients, in parts of "
-        "the answer's range. A patient's moves are clipped together. Features that say the same "
-        "share their importance, and none of it is a cause."
-    )
     columns = [Column("Feature", numeric=False), Column("mean move (without the noise)")]
-    rows = [Row((own["name"], _with_interval(own, "value", "interval"))) for own in importances]
+    rows = [Row((own["name"], with_interval(own, "value", "interval"))) for own in importances]
     parts = table("Importance of each feature", columns, rows)
-    return section("importances", "What moves it", paragraph(said), parts)
+    return section("importances", "What moves it", paragraph(IMPORTANCE), parts)
 
 
 def _privacy(privacy: Mapping[str, Any]) -> Html:

@@ -11,6 +11,7 @@ from server.charts import Level, Line, line_chart
 from server.charts_blocks import Bar, bar_chart
 from server.facts import Results, amount
 from server.report_counts import noise_note
+from server.report_groups import groups_part, importance_part
 from shared.markup import Html, element, join
 from shared.page_parts import (
     Column,
@@ -49,6 +50,8 @@ def result_section(results: Results) -> Html:
         _other_curves(results, metric),
         _comparison(results),
         _alone(results, metric),
+        importance_part(results),
+        groups_part(results),
     )
 
 

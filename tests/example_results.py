@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
 SHA = "0123456789abcdef" * 4
+
+RELEASED: dict[str, Any] = {
+    "importances": [
+        {"name": "mean texture", "value": 0.021, "interval": [0.0, 0.042]},
+        {"name": "worst area", "value": 0.204, "interval": [0.183, 0.225]},
+        {"name": "mean radius", "value": 0.0, "interval": [0.0, 0.02]},
+    ],
+    "groups": [
+        {
+            "feature": "mean radius",
+            "groups": [
+                {
+                    "name": "below 12 mm",
+                    "patients": 40.2,
+                    "accuracy": 0.931,
+                    "accuracy_interval": [0.861, 1.0],
+                    "specificity": 0.95,
+                    "specificity_interval": [0.9, 1.0],
+                },
+                {"name": "12 mm or more", "patients": -1.0},
+            ],
+        }
+    ],
+}
+"""What an evaluation may release beside the scores."""
 
 
 def example_results(
@@ -68,12 +94,13 @@ def example_results(
             "metrics": last | ({"patients": 30 * sites} if tested else {}),
             "exact": True,
             "per_site": per_site,
+            **(RELEASED if private and tested else {}),
         },
         "baselines": _baselines(rng, names, private=private) if baselines else None,
         "privacy": _privacy(per_site) if private else {"mode": "none", "sites": {}},
         "wire": _wire(history, sites),
     }
-    return results
+    return copy.deepcopy(results)
 
 
 def _round(

@@ -417,6 +417,20 @@ def test_auroc_interval_covers_what_repeated_studies_give() -> None:
     assert (0.9 - interval[0]) / 1.959964 == pytest.approx(measured, rel=0.04)
 
 
+def test_importances_and_groups_are_shown_where_the_plan_released_them() -> None:
+    record = example_results(3)
+    page = "".join(Page(render(record)).texts)
+    first, second = (page.index(name) for name in ("worst area (0.183 to 0.225)", "mean texture ("))
+    assert first < second  # the largest first
+    assert "0.204" in page[first:second]
+    assert "0.931 (0.861 to 1.000)" in page
+    assert "Groups of few patients are mostly noise" in page
+    for name, shown in (("importances", "What moves the answer"), ("groups", "By group")):
+        assert shown in page
+        del record["final"][name]
+        assert shown not in "".join(Page(render(record)).texts)
+
+
 def test_write_report_leaves_one_file(tmp_path: Path) -> None:
     target = tmp_path / "report.html"
     write_report(VARIANTS["private"], target)
