@@ -1,10 +1,13 @@
-"""CSV and Parquet files as columns of text; what the texts mean is the caller's affair."""
+"""CSV and Parquet files as columns of text; what the texts mean is the caller's affair.
+
+A file may be larger than memory: `read_parts` hands it over in runs of rows.
+"""
 
 from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,8 +20,17 @@ Texts = list[str]
 """One column as stripped text, one entry per data row."""
 
 
+AT_ONCE = 1 << 19
+"""Texts of a part that are in memory at once; about 60 bytes each."""
+
+
 def read_columns(
-    path: Path, wanted: Sequence[str], *, header: Sequence[str] = (), delimiter: str = ","
+    path: Path,
+    wanted: Sequence[str],
+    *,
+    header: Sequence[str] = (),
+    delimiter: str = ",",
+    beside: Sequence[str] = (),
 ) -> dict[str, Texts]:
     """The wanted columns of a file as stripped text; a Parquet null becomes an empty text.
 
@@ -27,15 +39,34 @@ def read_columns(
         wanted: Column names; no other column is kept.
         header: Column names of a text file that has no header row.
         delimiter: Between the cells of a text file.
+        beside: Columns that must be there, too.
 
     Raises:
         ConfigError: the file is missing or malformed, or a column is absent or there twice.
     """
+    columns: dict[str, Texts] = {name: [] for name in wanted}
+    for part in read_parts(path, wanted, header=header, delimiter=delimiter, beside=beside):
+        for name, texts in part.items():
+            columns[name] += texts
+    return columns
+
+
+def read_parts(
+    path: Path,
+    wanted: Sequence[str],
+    *,
+    header: Sequence[str] = (),
+    delimiter: str = ",",
+    beside: Sequence[str] = (),
+) -> Iterator[dict[str, Texts]]:
+    """The same as `read_columns` in runs of rows, one after the other, of `AT_ONCE` texts each."""
     require(path.exists(), f"{path} does not exist. Check the path.")
     require(path.is_file(), f"{path} is not a file. Give the CSV or Parquet file itself.")
+    names = list(dict.fromkeys(wanted))
+    rows = max(1, AT_ONCE // max(1, len(names)))
     if path.suffix.lower() == ".parquet":
-        return _read_parquet(path, wanted)
-    return _read_csv(path, wanted, header, delimiter)
+        return _parquet_parts(path, names, beside, rows)
+    return _csv_parts(path, names, beside, rows, header=header, delimiter=delimiter)
 
 
 def read_header(path: Path, *, delimiter: str = ",") -> tuple[str, ...]:
@@ -54,14 +85,20 @@ def read_header(path: Path, *, delimiter: str = ",") -> tuple[str, ...]:
         raise ConfigError(f"{path} is not a readable CSV or Parquet file.") from None
 
 
-def _read_csv(
-    path: Path, wanted: Sequence[str], header: Sequence[str], delimiter: str
-) -> dict[str, Texts]:
+def _csv_parts(
+    path: Path,
+    wanted: Sequence[str],
+    beside: Sequence[str],
+    rows: int,
+    *,
+    header: Sequence[str],
+    delimiter: str,
+) -> Iterator[dict[str, Texts]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
             header = list(header) or [c.strip() for c in next(reader, [])]
-            positions = {name: _position(path, header, name) for name in wanted}
+            positions = {name: _position(path, header, name) for name in (*wanted, *beside)}
             columns: dict[str, Texts] = {name: [] for name in wanted}
             for row, cells in enumerate((r for r in reader if r), start=1):
                 if len(cells) != len(header):
@@ -69,9 +106,12 @@ def _read_csv(
                         f"{path}: data row {row} has {len(cells)} cells, the header has "
                         f"{len(header)}. Check the delimiter ({delimiter!r}) and quoting."
                     )
-                for name, position in positions.items():
-                    columns[name].append(cells[position].strip())
-            return columns
+                for name, column in columns.items():
+                    column.append(cells[positions[name]].strip())
+                if row % rows == 0:
+                    yield columns
+                    columns = {name: [] for name in wanted}
+            yield columns
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text. Export it as UTF-8.") from None
     except (OSError, csv.Error):
@@ -81,17 +121,19 @@ def _read_csv(
         ) from None
 
 
-def _read_parquet(path: Path, wanted: Sequence[str]) -> dict[str, Texts]:
+def _parquet_parts(
+    path: Path, wanted: Sequence[str], beside: Sequence[str], rows: int
+) -> Iterator[dict[str, Texts]]:
     try:
-        header = pq.read_schema(path).names
-        for name in wanted:
-            _position(path, header, name)
-        table = pq.read_table(path, columns=sorted(set(wanted)))
+        with pq.ParquetFile(path) as file:
+            for name in (*wanted, *beside):
+                _position(path, file.schema_arrow.names, name)
+            for batch in file.iter_batches(rows, columns=list(wanted)):
+                yield {name: [_text(v) for v in batch.column(name).to_pylist()] for name in wanted}
     except (OSError, pa.ArrowException):
         raise ConfigError(
             f"{path} is not a readable Parquet file. Export it again, or give a CSV."
         ) from None
-    return {name: [_text(v) for v in table.column(name).to_pylist()] for name in wanted}
 
 
 def _text(value: object) -> str:

@@ -102,8 +102,10 @@ def translate(texts: Texts, column: ColumnMapping, missing: tuple[str, ...]) -> 
     return [pairs[t] if t in pairs else pairs.get(plain(t), t) for t in texts]
 
 
-def numbers_of(path: Path, texts: Sequence[str | None], column: str) -> NDArray[np.float64]:
-    """Texts as numbers, NaN where missing.
+def numbers_of(
+    path: Path, texts: Sequence[str | None], column: str, first: int = 1
+) -> NDArray[np.float64]:
+    """Texts as numbers, NaN where missing; they begin at data row `first`.
 
     Raises:
         ConfigError: a text is no number; names file, column and data row.
@@ -112,7 +114,8 @@ def numbers_of(path: Path, texts: Sequence[str | None], column: str) -> NDArray[
     odd = np.isinf(values)
     require(
         not odd.any(),
-        f"{path}: column {column!r} must hold numbers, but data row {int(np.argmax(odd)) + 1} has "
+        f"{path}: column {column!r} must hold numbers, but data row "
+        f"{int(np.argmax(odd)) + first} has "
         "another text. Correct it (decimal point, no unit, no thousands separator), or name that "
         "text under missing in the mapping.",
     )
@@ -129,15 +132,23 @@ def _number(text: str) -> float:
 
 
 def years_between(
-    path: Path, begins: Texts, ends: Sequence[str | None], column: ColumnMapping, missing: set[str]
+    path: Path,
+    begins: Texts,
+    ends: Sequence[str | None],
+    column: ColumnMapping,
+    missing: set[str],
+    *,
+    start: int = 1,
 ) -> NDArray[np.float64]:
     """Years from one column of dates to another, NaN where either is missing.
+
+    They begin at data row `start`.
 
     Raises:
         ConfigError: a text is no date in `column.date_format`; names file and data row.
     """
     years = []
-    for row, (begin, end) in enumerate(zip(begins, ends, strict=True), start=1):
+    for row, (begin, end) in enumerate(zip(begins, ends, strict=True), start=start):
         if end is None or begin in missing:
             years.append(math.nan)
             continue

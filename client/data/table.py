@@ -11,13 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from client.data.columns import Texts, read_columns
+from client.data.columns import Texts, read_columns, read_parts
 from client.data.dataset import PatientDataset
 from client.data.labels import label_columns, read_labels, refuse_unusable_labels
+from client.data.mapped import Spool
 from client.data.mapping import TableMapping, numbers_of, plain, translate, years_between
 from shared.config import require
 from shared.errors import ConfigError
@@ -94,27 +96,111 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
         f"{path}: the mapping names {', '.join(map(repr, stray))}, which the plan does not have. "
         "Correct the name (it must be the plan's), or remove the entry.",
     )
+    own = [sources[name] for name in labelled]
     also = [mapping.patient, *(mapping.of(name).since for name in features)]
-    wanted = [*sources.values(), *(column for column in also if column)]
-    table = read_columns(path, wanted, header=mapping.header, delimiter=mapping.delimiter)
-    rows = len(table[label])
-    require(rows > 0, f"{path} has no data rows. Check that the export is complete.")
+    needed = [*(sources[name] for name in features), *(column for column in also if column)]
+    spelt = _Spelt(header=mapping.header, delimiter=mapping.delimiter)
+    table = read_columns(path, own, beside=needed, **spelt)
+    require(len(table[label]) > 0, f"{path} has no data rows. Check that the export is complete.")
+    labels = read_labels(path, {name: table[sources[name]] for name in labelled}, task, mapping)
+    del table
+    gathered = _Gathered(path, mapping, task, sources, labels)
+    for part in read_parts(path, needed, **spelt):
+        gathered.add(part)
+    return gathered.reading(label)
 
-    texts = {name: table[sources[name]] for name in labelled}
-    labels = read_labels(path, texts, task, mapping)
-    columns = {f.name: _read_feature(path, table, f, mapping) for f in task.features}
-    needed = {sources[f.name]: columns[f.name] for f in task.features if f.missing == "refuse"}
-    keep = _complete_rows(path, labels, needed, mapping.drop_incomplete)
-    refuse_unusable_labels(path, label, labels[keep], task, mapping.allow_one_class)
-    columns = {name: values[keep] for name, values in columns.items()}
-    _refuse_wrong_units(path, task, columns, sources)
-    names = _read_patients(path, table, mapping, rows)
-    ids, patients = group_patients([n for n, k in zip(names, keep.tolist(), strict=True) if k])
-    data = PatientDataset(encode(task, columns, str(path)), labels[keep], patients, ids)
-    missing = {name: int(_is_missing(values).sum()) for name, values in columns.items()}
-    missing = {name: count for name, count in missing.items() if count}
-    notes = ReadingNotes(rows, rows - int(keep.sum()), clamped_counts(task, columns), missing)
-    return Reading(data, notes)
+
+class _Spelt(TypedDict):
+    header: Sequence[str]
+    delimiter: str
+
+
+class _Gathered:
+    """A table's rows as its parts arrive; whatever stops the reading is said at the end."""
+
+    def __init__(
+        self,
+        path: Path,
+        mapping: TableMapping,
+        task: TaskPlan,
+        sources: Mapping[str, str],
+        labels: NDArray[np.int64],
+    ) -> None:
+        self._path, self._mapping, self._task = path, mapping, task
+        self._sources, self._labels = sources, labels
+        self._spool, self._keep, self._rows = Spool(), np.ones(len(labels), dtype=np.bool_), 0
+        self._patients: dict[str, int] = {}
+        self._of_patient: list[NDArray[np.int64]] = []
+        self._nameless = 0
+        self._lacking: dict[str, tuple[int, int]] = {}
+        self._outside, self._missing = Counter[str](), Counter[str]()
+
+    def add(self, part: Mapping[str, Texts]) -> None:
+        """Take a part's rows that are kept."""
+        start, path, mapping, task = self._rows, self._path, self._mapping, self._task
+        count = len(next(iter(part.values())))
+        self._rows += count
+        columns = {f.name: _read_feature(path, part, f, mapping, start + 1) for f in task.features}
+        keep = self._complete(columns, start, count)
+        self._keep[start : start + count] = keep
+        columns = {name: values[keep] for name, values in columns.items()}
+        self._outside.update(clamped_counts(task, columns))
+        self._missing.update({name: int(_is_missing(v).sum()) for name, v in columns.items()})
+        names, nameless = _patient_names(part, mapping, start, count)
+        self._nameless = self._nameless or nameless
+        kept = [n for n, k in zip(names, keep.tolist(), strict=True) if k]
+        index = [self._patients.setdefault(name, len(self._patients)) for name in kept]
+        self._of_patient.append(np.array(index, dtype=np.int64))
+        if not self._lacking:
+            self._spool.add(encode(task, columns, str(path)))
+
+    def _complete(
+        self,
+        columns: Mapping[str, NDArray[np.float64] | NDArray[np.int64]],
+        start: int,
+        count: int,
+    ) -> NDArray[np.bool_]:
+        """Which of a part's rows to keep: all, or those with a label and all needed values."""
+        drop = self._mapping.drop_incomplete
+        labels = self._labels[start : start + count]
+        keep = labels >= 0 if drop else np.ones(count, dtype=np.bool_)
+        for feature in self._task.features:
+            if feature.missing != "refuse":
+                continue
+            missing = _is_missing(columns[feature.name])
+            if drop:
+                keep = keep & ~missing
+            elif missing.any():
+                source = self._sources[feature.name]
+                before, first = self._lacking.get(source, (0, start + int(np.argmax(missing)) + 1))
+                self._lacking[source] = (before + int(missing.sum()), first)
+        return keep
+
+    def reading(self, label: str) -> Reading:
+        """The dataset; ConfigError where something stops the reading."""
+        path, mapping, task, keep = self._path, self._mapping, self._task, self._keep
+        if self._lacking:
+            source, (count, first) = next(iter(self._lacking.items()))
+            raise ConfigError(
+                f"{path}: column {source!r} has {count} missing value(s), the first in data row "
+                f"{first}, and the plan refuses them. Complete those rows, leave them out with "
+                "drop_incomplete = true, or agree on another plan (missing = 'midpoint' or "
+                "'indicator')."
+            )
+        require(bool(keep.any()), f"{path}: every row is incomplete, so none is left.")
+        labels = self._labels[keep]
+        refuse_unusable_labels(path, label, labels, task, mapping.allow_one_class)
+        kept = int(keep.sum())
+        measured = {name: kept - missing for name, missing in self._missing.items()}
+        _refuse_wrong_units(path, self._outside, measured, self._sources)
+        _refuse_nameless(path, mapping, self._nameless)
+        inputs, patients = self._spool.array(), np.concatenate(self._of_patient)
+        data = PatientDataset(inputs, labels, patients, tuple(self._patients))
+        clamped, missing = (
+            {f.name: n[f.name] for f in task.features if n[f.name]}
+            for n in (self._outside, self._missing)
+        )
+        return Reading(data, ReadingNotes(self._rows, self._rows - kept, clamped, missing))
 
 
 def read_inputs(
@@ -132,8 +218,11 @@ def read_inputs(
     rows = len(table[wanted[0]])
     require(rows > 0, f"{path} has no data rows. Check that the export is complete.")
     columns = {f.name: _read_feature(path, table, f, mapping) for f in task.features}
-    _refuse_wrong_units(path, task, columns, sources)
-    return encode(task, columns, str(path)), tuple(_read_patients(path, table, mapping, rows))
+    measured = {name: int((~_is_missing(values)).sum()) for name, values in columns.items()}
+    _refuse_wrong_units(path, clamped_counts(task, columns), measured, sources)
+    names, nameless = _patient_names(table, mapping, 0, rows)
+    _refuse_nameless(path, mapping, nameless)
+    return encode(task, columns, str(path)), tuple(names)
 
 
 def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
@@ -144,40 +233,43 @@ def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.in
 
 
 def _read_feature(
-    path: Path, table: Mapping[str, Texts], feature: FeaturePlan, mapping: TableMapping
+    path: Path,
+    table: Mapping[str, Texts],
+    feature: FeaturePlan,
+    mapping: TableMapping,
+    first: int = 1,
 ) -> NDArray[np.float64] | NDArray[np.int64]:
     column = mapping.of(feature.name)
     source = column.column or feature.name
     translated = translate(table[source], column, mapping.missing)
     if feature.type != "number":
-        return _codes(path, translated, source, feature)
+        return _codes(path, translated, source, feature, first)
     if column.since:
         absent = {*mapping.missing, *column.missing}
-        values = years_between(path, table[column.since], translated, column, absent)
+        values = years_between(path, table[column.since], translated, column, absent, start=first)
     else:
-        values = numbers_of(path, translated, source)
+        values = numbers_of(path, translated, source, first)
     return values * column.factor + column.offset
 
 
 def _refuse_wrong_units(
     path: Path,
-    task: TaskPlan,
-    columns: Mapping[str, NDArray[np.float64] | NDArray[np.int64]],
+    outside: Mapping[str, int],
+    measured: Mapping[str, int],
     sources: Mapping[str, str],
 ) -> None:
     """Stop where most values of a number are implausible: the unit is another one."""
-    for name, outside in clamped_counts(task, columns).items():
-        measured = int((~_is_missing(columns[name])).sum())
+    for name, count in outside.items():
         require(
-            outside <= MOST_IMPLAUSIBLE * measured,
-            f"{path}: column {sources[name]!r}: {outside} of {measured} values lie outside the "
+            count <= MOST_IMPLAUSIBLE * measured[name],
+            f"{path}: column {sources[name]!r}: {count} of {measured[name]} values lie outside the "
             f"plan's plausible range of {name!r}. Probably the unit is another one: give factor "
             "(and offset) for it in the mapping, or correct the column.",
         )
 
 
 def _codes(
-    path: Path, texts: Sequence[str | None], source: str, feature: FeaturePlan
+    path: Path, texts: Sequence[str | None], source: str, feature: FeaturePlan, first: int
 ) -> NDArray[np.int64]:
     exact = {c: i for i, c in enumerate(feature.categories)}
     spelt = {plain(c): i for i, c in enumerate(feature.categories)}
@@ -188,8 +280,8 @@ def _codes(
         code = exact.get(text, spelt.get(plain(text)))
         if code is None:
             raise ConfigError(
-                f"{path}: column {source!r} has in data row {row + 1} a text that is none of the "
-                f"plan's categories for {feature.name!r}: {', '.join(feature.categories)}. "
+                f"{path}: column {source!r} has in data row {row + first} a text that is none of "
+                f"the plan's categories for {feature.name!r}: {', '.join(feature.categories)}. "
                 "Translate it in the mapping (values = [[text in file, category], ...]), or name "
                 "it under missing."
             )
@@ -197,42 +289,23 @@ def _codes(
     return codes
 
 
-def _read_patients(path: Path, table: dict[str, Texts], mapping: TableMapping, rows: int) -> Texts:
+def _patient_names(
+    table: Mapping[str, Texts], mapping: TableMapping, start: int, count: int
+) -> tuple[Texts, int]:
+    """Whose the rows after the first `start` are, and the first data row that does not say it."""
     if not mapping.patient:
-        return [str(row + 1) for row in range(rows)]
-    texts = table[mapping.patient]
-    missing = set(mapping.missing)
-    first = next((row for row, text in enumerate(texts, start=1) if text in missing), 0)
+        return [str(start + row) for row in range(1, count + 1)], 0
+    texts, missing = table[mapping.patient], set(mapping.missing)
+    rows = enumerate(texts, start=start + 1)
+    return texts, next((row for row, text in rows if text in missing), 0)
+
+
+def _refuse_nameless(path: Path, mapping: TableMapping, row: int) -> None:
     require(
-        first == 0,
+        row == 0,
         f"{path}: column {mapping.patient!r} (the patient's identifier) is missing in data row "
-        f"{first}. Privacy is counted by patient, so every row needs one.",
+        f"{row}. Privacy is counted by patient, so every row needs one.",
     )
-    return texts
-
-
-def _complete_rows(
-    path: Path,
-    labels: NDArray[np.int64],
-    needed: dict[str, NDArray[np.float64] | NDArray[np.int64]],
-    drop_incomplete: bool,
-) -> NDArray[np.bool_]:
-    """Which rows to keep: all, or those with a label and all needed values."""
-    keep = labels >= 0 if drop_incomplete else np.ones(len(labels), dtype=np.bool_)
-    for source, values in needed.items():
-        missing = _is_missing(values)
-        if drop_incomplete:
-            keep = keep & ~missing
-            continue
-        require(
-            not missing.any(),
-            f"{path}: column {source!r} has {int(missing.sum())} missing value(s), the first in "
-            f"data row {int(np.argmax(missing)) + 1}, and the plan refuses them. Complete those "
-            "rows, leave them out with drop_incomplete = true, or agree on another plan (missing "
-            "= 'midpoint' or 'indicator').",
-        )
-    require(bool(keep.any()), f"{path}: every row is incomplete, so none is left.")
-    return keep
 
 
 def _is_missing(values: NDArray[np.float64] | NDArray[np.int64]) -> NDArray[np.bool_]:
