@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
 
 export FLWR_TELEMETRY_ENABLED = 0
 export FLWR_DISABLE_UPDATE_CHECK = 1
@@ -23,11 +24,11 @@ $(STAMP): pyproject.toml
 simulate: $(STAMP) ## Run the default study: four hospitals, encrypted updates, differential privacy.
 	$(BIN)/fedward-sim run $(SCENARIO) $(ARGS)
 
-test: $(STAMP) ## Run all tests.
-	$(BIN)/python -m pytest
+test: $(STAMP) ## Run all tests, on two cores (WORKERS=N for another number).
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 test-quick: $(STAMP) ## Run the tests that take seconds.
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) -m 'not slow'
 
 fault-matrix: $(STAMP) ## Break a real deployment in every way; takes an hour, goes on where it stopped.
 	$(BIN)/python -m simulations.fault_matrix $(ARGS)
