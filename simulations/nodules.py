@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 SIDE = 64
 WHITE = 255.0
 _CHUNK = 32
+_IN_CACHE = 8  # images whose pixels are computed at once; it changes none of them
 _VESSELS = 6
 _DOTS = 5
 
@@ -180,8 +181,20 @@ def _draw(
 ) -> Field:
     """The images of patients `rows`, before the site's scanner: float32, about 0 to 255."""
     n = len(rows)
-    shift_x, shift_y = draws.uniform(-2, 2, 2, n)
-    tilt, light = draws.uniform(-12, 12, 2, n)
+    shift, lighting = draws.uniform(-2, 2, 2, n), draws.uniform(-12, 12, 2, n)
+    parts = [slice(start, start + _IN_CACHE) for start in range(0, n, _IN_CACHE)]
+    drawn = [_drawn(anatomy, rows[p], ill[p], shift[:, p], lighting[:, p]) for p in parts]
+    return np.concatenate(drawn)
+
+
+def _drawn(
+    anatomy: _Anatomy,
+    rows: NDArray[np.int64],
+    ill: NDArray[np.bool_],
+    shift: PerImage,
+    lighting: PerImage,
+) -> Field:
+    (shift_x, shift_y), (tilt, light) = shift, lighting
     y, x = (a.astype(np.float32)[None] for a in np.mgrid[0:SIDE, 0:SIDE])
     x = x - _wide(31.5 + shift_x)
     y = y - _wide(31.5 + shift_y)

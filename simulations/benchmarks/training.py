@@ -127,11 +127,16 @@ def study_rows(chosen: Any) -> tuple[list[Row], dict[str, float]]:
 
 @contextmanager
 def _forced(engine: EngineName) -> Iterator[None]:
-    """Every trainer takes this engine; Opacus' hooks with Opacus' own convolution."""
+    """Every trainer takes this engine; hooks as Opacus has them by default, without our shortcuts.
+
+    Those are another gradient of convolutions, and a backward pass that leaves out the weight
+    gradients of the whole batch, which Opacus computes and throws away.
+    """
     client.run.check_once.cache_clear()
     with (
         patch("client.training.choose_engine", lambda _, *rest: choose_engine(engine, *rest)),
         patch.object(RecordGradients, "GRAD_SAMPLERS", GradSampleModule.GRAD_SAMPLERS),
+        patch.object(RecordGradients, "backward", lambda _, loss: torch.autograd.backward(loss)),
     ):
         yield
     client.run.check_once.cache_clear()
