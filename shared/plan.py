@@ -269,11 +269,14 @@ class SecureSumPlan:
     A weighted update's coordinates are clamped to [-clip_range, clip_range] and rounded without
     bias to integers of `bits` bits less the head room for the sum. In mode `distributed` the
     range is that of a site's summed gradient, in parts of what its expected batch could reach.
+    Masks are keystreams of `prg`: ChaCha20 (RFC 8439), or AES-256 in counter mode (NIST
+    SP 800-38A), the faster one where the processor has AES instructions.
     """
 
     bits: Literal[16, 24, 32] = 24
     clip_range: float = 1.0
     prekey_rounds: int = 64
+    prg: Literal["chacha20", "aes-256-ctr"] = later("chacha20")
 
     def __post_init__(self) -> None:
         require(self.clip_range > 0, f"clip_range is {self.clip_range:g}; it must be above 0")

@@ -309,6 +309,7 @@ def session_of(
         bits=plan.secure_sum.bits,
         length=layout.length,
         prekey_rounds=plan.secure_sum.prekey_rounds,
+        prg=plan.secure_sum.prg,
         epoch=terms.epoch,
         first_round=terms.first_round,
         start=terms.start,

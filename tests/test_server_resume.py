@@ -14,6 +14,7 @@ from flwr.app import Context, RecordDict
 
 from client.app import forget_sites, make_client_app
 from client.config import SiteFolder
+from client.site import Site
 from server.app import make_server_app
 from server.checkpoint import Checkpoints
 from server.evidence import Spool, along
@@ -415,3 +416,27 @@ def test_a_node_cannot_answer_a_roll_call_in_anothers_name() -> None:
     ):
         with pytest.raises(ProtocolError):
             roll.name_of(forged)
+
+
+def test_a_plan_may_ask_for_another_keystream_of_the_masks(
+    hospitals: Callable[..., Hospitals],
+) -> None:
+    """The sum is exact whatever the masks are made of; what is uploaded differs."""
+    seen: dict[str, list[bytes]] = {"chacha20": [], "aes-256-ctr": []}
+    models = []
+    for prg, uploads in seen.items():
+
+        def hook(
+            site: str, action: str, direction: Direction, body: bytes, kept: list[bytes] = uploads
+        ) -> Delivery:
+            if action == "train.round" and direction is Direction.TO_SERVER:
+                kept.append(body)
+            return Delivery((body,))
+
+        study = hospitals(f"secure_sum.prg={prg}", "training.rounds=1")
+        assert study.plan.secure_sum.prg == prg
+        models.append(study.until_done(hook).state.digest())
+        site = Site(study.base / "city")
+        assert site._run(RUN)._epochs.session.prg == prg
+    assert models[0] == models[1]
+    assert not set(seen["chacha20"]) & set(seen["aes-256-ctr"])

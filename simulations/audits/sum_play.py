@@ -45,6 +45,7 @@ def session_like(plan: StudyPlan, length: int, roster: Mapping[str, Identity]) -
         bits=plan.secure_sum.bits,
         length=length,
         prekey_rounds=PREKEY_ROUNDS,
+        prg=plan.secure_sum.prg,
     )
 
 

@@ -16,7 +16,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -26,7 +26,7 @@ from shared.secagg import merkle
 from shared.secagg.encoding import digest
 from shared.secagg.graph import least_threshold, mask_degree
 from shared.secagg.masking import VectorSource, add_masks, masked_wire
-from shared.secagg.prg import CHUNK
+from shared.secagg.prg import CHUNK, Prg
 from shared.secagg.ring import Quantised, RealVector, Ring
 from simulations.benchmarks.report import Row, best_of, parser, publish
 
@@ -57,6 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser("secure sum against Flower's SecAgg+ functions and TenSEAL CKKS")
     options.add_argument("--parameters", type=int, help="length of the vector (default 11 million)")
     options.add_argument("--sites", type=int, nargs="+", help="cohorts (default 4 10 32 100)")
+    options.add_argument(
+        "--prg", choices=get_args(Prg), default="chacha20", help="our masks (default chacha20)"
+    )
     chosen = options.parse_args(arguments)
     parameters = chosen.parameters or (200_000 if chosen.quick else 11_000_000)
     cohorts = chosen.sites or ([4, 10] if chosen.quick else list(COHORTS))
@@ -81,7 +84,9 @@ def degrees_for(sites: int) -> list[int]:
     return sorted({sites - 1, *needed}, reverse=True)
 
 
-def fedward(values: RealVector, sites: int, degree: int, bits: int = BITS) -> Sides:
+def fedward(
+    values: RealVector, sites: int, degree: int, bits: int = BITS, prg: Prg = "chacha20"
+) -> Sides:
     """Ours; the sum of all sites is checked once against the true one."""
     ring = Ring(bits, sites)
     keys = [os.urandom(32) for _ in range(degree + 1)]
@@ -91,19 +96,19 @@ def fedward(values: RealVector, sites: int, degree: int, bits: int = BITS) -> Si
 
     def client() -> bytes:
         source = Quantised(values, ring, clip_range=CLIP, key=os.urandom(32), weight=0.5)
-        wire = masked_wire(source, keys[below:], keys[:below], bits)
+        wire = masked_wire(source, keys[below:], keys[:below], bits, prg=prg)
         root = merkle.root(wire, CHUNK * bits // 8)
         identity.sign(digest("masked", root))
         return wire
 
     unmasked = ring.quantise(values, clip_range=CLIP, key=bytes(32), weight=0.5)
-    wires = masked_wire(VectorSource(unmasked), [self_keys[0]], [], bits)
+    wires = masked_wire(VectorSource(unmasked), [self_keys[0]], [], bits, prg=prg)
 
     def server(own_keys: list[bytes] = self_keys) -> RealVector:
         total = np.zeros(len(values), np.uint32)
         for _ in range(sites):
             ring.add_wire(total, wires)
-        add_masks(total, [], own_keys, bits)
+        add_masks(total, [], own_keys, bits, prg=prg)
         return ring.dequantise(total, clip_range=CLIP)
 
     # Every site sends the same bytes here, so the same key opens each.
@@ -195,11 +200,9 @@ def against_flower(
 ) -> None:
     """Both with the complete graph and with those of smaller degree."""
     degrees = degrees_for(sites)
-    systems = {
-        (system.__name__, degree): system(values, sites, degree)
-        for degree in degrees
-        for system in (fedward, flower)
-    }
+    systems = {("flower", degree): flower(values, sites, degree) for degree in degrees}
+    for degree in degrees:
+        systems["fedward", degree] = fedward(values, sites, degree, prg=chosen.prg)
     tasks = {("client", *name): sides.client for name, sides in systems.items()}
     for name in ("fedward", "flower"):
         tasks["server", name, degrees[0]] = systems[name, degrees[0]].server
@@ -235,7 +238,7 @@ def against_tenseal(
     except ImportError:
         print("TenSEAL is not installed; its rows are left out (pip install tenseal)")
         return
-    ours = fedward(values, sites, degrees_for(sites)[-1])
+    ours = fedward(values, sites, degrees_for(sites)[-1], prg=chosen.prg)
     tasks = {
         "client": theirs.client,
         "server": theirs.server,
@@ -270,7 +273,7 @@ def rings(
 ) -> None:
     """The client's work in each ring."""
     degree = degrees_for(sites)[-1]
-    systems = {bits: fedward(values, sites, degree, bits) for bits in (16, 24, 32)}
+    systems = {bits: fedward(values, sites, degree, bits, chosen.prg) for bits in (16, 24, 32)}
     cpu = best_of({str(bits): sides.client for bits, sides in systems.items()}, chosen.repetitions)
     for bits, sides in systems.items():
         row = {"what": "client", "system": "fedward", "parameters": len(values), "sites": sites}
