@@ -22,13 +22,13 @@ import flwr
 from flwr.supercore.run import RunNotRunningException
 
 from client.delivery import Delivery
+from client.pace import Pace
 from shared.bundle import bundle_sha256
 from shared.errors import ConfigError
 
 FLOWER = "1.41."
-IDLE_S, BUSY_S = 2.0, 0.25
-BUSY_FOR_S = 120.0
-"""After a message the SuperNode asks every BUSY_S, for this long; then every IDLE_S."""
+BUSY_S, IDLE_S, LONGEST_S = 0.25, 2.0, 10.0
+"""How often the SuperNode asks the server; see client/pace.py. 10 s come after ten minutes."""
 
 _FLOWER_IDLE_S = 3.0
 _LOG = logging.getLogger("flwr.fedward")
@@ -105,7 +105,7 @@ def install_hooks(expected_sha256: str) -> None:
     internal._init_connection = _adjusted(internal._init_connection)
     internal._verify_fab = _allow(expected_sha256)
     pull = internal._pull_and_store_message
-    asked = _Pace()
+    asked = _Waiting()
 
     def pull_checked(**kwargs: Any) -> int | None:
         # Flower checks a bundle only where some entity is trusted; which one plays no part here.
@@ -178,23 +178,22 @@ def _adjusted(connect: Callable[..., Any]) -> Callable[..., Any]:
     return connection
 
 
-class _Pace:
+class _Waiting:
     """Stands for the module `time` in Flower's loop, of which it uses `sleep` alone."""
 
     def __init__(self) -> None:
-        self._last = time.monotonic() - BUSY_FOR_S
+        self._pace = Pace(BUSY_S, IDLE_S, LONGEST_S)
 
     def answered(self, something: bool) -> None:
         if something:
-            self._last = time.monotonic()
+            self._pace.answered()
 
     def sleep(self, seconds: float) -> None:
         """Wait for the next message, or 0.5 s in Flower for the worker's answer."""
         if seconds < _FLOWER_IDLE_S:
             time.sleep(0.05)
             return
-        busy = time.monotonic() - self._last < BUSY_FOR_S
-        time.sleep(BUSY_S if busy else IDLE_S)
+        time.sleep(self._pace.pause_s())
 
 
 def supernode() -> None:

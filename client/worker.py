@@ -42,6 +42,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from client.app import app as client_app
 from client.app import forget_sites
+from client.pace import Pace
 from client.site_metrics import Tally
 from shared.supervise import log_to_terminal
 
@@ -49,7 +50,8 @@ ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 INPUT_S = 300.0
 HEARTBEAT_S = 15.0
 """Flower gives a task up after 60 s without one."""
-BUSY_S, IDLE_S, BUSY_FOR_S = 0.05, 0.5, 120.0
+BUSY_S, IDLE_S, LONGEST_S = 0.05, 0.5, 2.5
+"""How often it asks the SuperNode beside it; see client/pace.py."""
 
 _LOG = logging.getLogger("fedward.worker")
 
@@ -63,7 +65,7 @@ def serve(address: str, secret: bytes, tally: Tally, stop: threading.Event) -> N
         tally: Counts the messages.
         stop: Checked between two messages.
     """
-    last = time.monotonic() - BUSY_FOR_S
+    pace = Pace(BUSY_S, IDLE_S, LONGEST_S)
     with _client(address, SuperExecAuthHttpInterceptor(
         master_secret=secret, protected_methods=frozenset({ACQUIRE})
     )) as client:  # fmt: skip
@@ -71,10 +73,9 @@ def serve(address: str, secret: bytes, tally: Tally, stop: threading.Event) -> N
             token = _acquire(client)
             if token:
                 _answer(address, token, tally)
-                last = time.monotonic()
+                pace.answered()
             else:
-                busy = time.monotonic() - last < BUSY_FOR_S
-                stop.wait(BUSY_S if busy else IDLE_S)
+                stop.wait(pace.pause_s())
 
 
 def _acquire(client: RuntimeHttpClient) -> str:

@@ -113,15 +113,21 @@ class Link:
             if n.status != "unregistered"
         )
 
-    def admit(self, keys: Mapping[str, bytes]) -> None:
-        """Register these SuperNodes and no others: name to public key in the link's form."""
-        known = {node.public_key: node.node_id for node in self.nodes()}
+    def admit(self, keys: Mapping[str, bytes]) -> tuple[LinkNode, ...]:
+        """Register these SuperNodes and no others: name to public key in the link's form.
+
+        Returns:
+            Those that it found; one that it registered just now is among them the next time.
+        """
+        nodes = self.nodes()
+        known = {node.public_key: node.node_id for node in nodes}
         for public, node_id in known.items():
             if public not in keys.values():
                 self._client.UnregisterNode(UnregisterNodeRequest(node_id=node_id))
         for name, public in keys.items():
             if public not in known:
                 self._client.RegisterNode(RegisterNodeRequest(public_key=public, name=name))
+        return nodes
 
     def start(self, run_folder: Path) -> int:
         """Start a Flower run of the installed apps on a run's folder; its Flower run id."""

@@ -105,11 +105,11 @@ class _Gate:
     def _look(self, link: Link) -> None:
         active = self._project.active(time.time())
         keys = {name: node_key_bytes(site.node_key) for name, site in active.items()}
-        link.admit(keys)
+        nodes = link.admit(keys)
         names = {public: name for name, public in keys.items()}
         self._sites = {
             names[node.public_key]: {"status": node.status, "since": node.since}
-            for node in link.nodes()
+            for node in nodes
             if node.public_key in names
         }
 

@@ -17,6 +17,7 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from client import worker
+from client.pace import BUSY_FOR_S
 from client.site_metrics import Tally, read_tally
 
 PRIVATE = "the path /srv/ward.csv, and a patient's value"
@@ -126,7 +127,7 @@ def test_after_a_message_it_looks_often_and_after_long_idleness_seldom(
     wait = node.stop.wait
 
     def passing(timeout: float | None = None) -> bool:
-        now[0] += worker.BUSY_FOR_S if len(node.stop.waits) == 1 else 0.0  # after the first answer
+        now[0] += BUSY_FOR_S if len(node.stop.waits) == 1 else 0.0  # after the first answer
         return wait(timeout)
 
     monkeypatch.setattr(node.stop, "wait", passing)
