@@ -113,7 +113,7 @@ class Torment:
                 os.kill(live.server_pid(target), signal.SIGKILL)
         except (FedwardError, OSError, TypeError, KeyError):
             return
-        self.kills.append(f"{target} {name}".strip())
+        self.kills.append(f"{target} {name}" if target in ("site", "worker") else target)
         write_json({"seed": self.seed, "kills": self.kills}, self.record)
 
 
