@@ -14,6 +14,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shared.errors import FedwardError
 
 WINDOW = 24
@@ -30,10 +33,27 @@ def windows(update: bytes) -> Iterator[bytes]:
 
 def places(known: Mapping[str, Iterable[bytes]], seen: Mapping[str, Iterable[bytes]]) -> set[str]:
     """Where some piece of some site's update was found: names of `seen`."""
-    pieces = [p for updates in known.values() for update in updates for p in windows(update)]
+    pieces = {p for updates in known.values() for update in updates for p in windows(update)}
     if not pieces:
         raise FedwardError("there is no update to look for")
-    return {name for name, texts in seen.items() if any(p in t for t in texts for p in pieces)}
+    begins = np.zeros(1 << 16, dtype=bool)
+    begins[[int.from_bytes(p[:2], "little") for p in pieces]] = True
+    return {name for name, texts in seen.items() if any(_holds(t, pieces, begins) for t in texts)}
+
+
+def _holds(text: bytes, pieces: set[bytes], begins: NDArray[np.bool_]) -> bool:
+    """Whether any piece lies anywhere in a text; `begins` has the first two bytes of each piece.
+
+    One pass over the text, however many pieces: a long study has thousands.
+    """
+    for shift in (0, 1):
+        if len(text) < WINDOW:
+            return False
+        pairs = np.frombuffer(text, "<u2", (len(text) - shift) // 2, shift)
+        for place in 2 * np.flatnonzero(begins[pairs]) + shift:
+            if text[place : place + WINDOW] in pieces:
+                return True
+    return False
 
 
 PAGE, OVERLAP = 1 << 14, 2 * WINDOW

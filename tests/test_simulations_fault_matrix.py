@@ -26,7 +26,7 @@ from simulations.fault_list import FAULTS
 from simulations.fault_matrix import check, read_results
 from simulations.fault_page import BEGIN, END, PAGE, table, write_page
 from simulations.fault_plain import PAGE as PIECE
-from simulations.fault_plain import DatabaseWatch, places
+from simulations.fault_plain import WINDOW, DatabaseWatch, places
 from simulations.fault_play import VICTIM, Fault, NotHeldError, Play
 from simulations.impostor import DAY, expired_certificate, impostor, wrong_certificate
 from simulations.meddler import Meddler
@@ -209,6 +209,10 @@ def test_an_update_is_found_wherever_it_lies_and_nowhere_else() -> None:
     seen = {"wire": [b"before" + UPDATE + b"after"], "database": [MASKED, bytes(500)]}
     assert places(known, seen) == {"wire"}
     assert places(known, {"wire": [MASKED]}) == set()
+    for before in range(4):
+        piece = bytes(before) + UPDATE[:WINDOW]
+        assert places(known, {"wire": [b"", piece + b"after"], "end": [piece]}) == {"wire", "end"}
+        assert places(known, {"wire": [piece[:-1], piece[:-1] + b"after"]}) == set()
     with pytest.raises(FedwardError, match="no update"):
         places({"city": (bytes(200),)}, seen)
 
