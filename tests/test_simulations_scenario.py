@@ -19,6 +19,7 @@ NAMES = (
     "breast_cancer_32",
     "breast_cancer_trees",
     "breastmnist",
+    "breastmnist_resnet",
     "breastmnist_vit",
     "diabetes",
     "diabetes_trees",

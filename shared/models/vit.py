@@ -1,5 +1,8 @@
 """A small vision transformer: an image's patches as tokens that look at each other.
 
+On scattering features (shared/scattering.py) it is the paper's hybrid: the tokens are the cells
+that these fixed features were averaged over, so nothing of the eye has to be learnt.
+
 Source: Dosovitskiy et al., "An Image Is Worth 16x16 Words: Transformers for Image Recognition at
 Scale", ICLR 2021, section 3.1; without dropout.
 """
@@ -15,6 +18,7 @@ from shared.models.attention import Encoder, LearnedTokens
 from shared.models.image import image_of, outputs_of
 from shared.models.table import single
 from shared.plan import StudyPlan
+from shared.scattering import scattering_width
 
 BLOCKS = 2
 MOST_PATCHES = 64
@@ -44,14 +48,47 @@ class VisionTransformer(nn.Module):
         return single(self.encoder(tokens + self.places(images)))
 
 
+class HybridTransformer(nn.Module):
+    """Cells of fixed features as tokens: (records, maps x cells) -> (records,) or (.., outputs).
+
+    A record has length 1 over all its features; they are brought to a mean square of 1 here.
+
+    Args:
+        maps: Features of a cell.
+        cells: How many there are.
+        width: Numbers in a token.
+        inner: Of each block, the width of its feed-forward network.
+        outputs: Numbers that the task wants.
+    """
+
+    def __init__(
+        self, maps: int, cells: int, width: int, inner: tuple[int, ...], outputs: int
+    ) -> None:
+        super().__init__()
+        self._shape, self._scale = (-1, maps, cells), math.sqrt(maps * cells)
+        self.tokens = nn.Linear(maps, width)
+        self.places = LearnedTokens(cells, width)
+        self.encoder = Encoder(width, inner, outputs, gated=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """What the task wants of each record; see shared/tasks.py."""
+        cells = (features * self._scale).view(self._shape).transpose(1, 2)
+        return single(self.encoder(self.tokens(cells) + self.places(features)))
+
+
 def vit(plan: StudyPlan) -> nn.Module:
     """A vision transformer; `width` is a token's, `hidden` each block's feed-forward width.
 
     Without `hidden` there are two blocks, of twice the width. A patch's side is the smallest that
-    divides the image into at most 64 patches.
+    divides the image into at most 64 patches; on scattering features each cell is a token.
     """
+    fixed, width = plan.task.image, plan.model.width
+    if fixed is not None and fixed.features == "scattering":
+        cells = fixed.cells**2
+        maps = scattering_width(fixed.channels, 1)
+        inner = plan.model.hidden or (2 * width,) * BLOCKS
+        return HybridTransformer(maps, cells, width, inner, outputs_of(plan))
     image = image_of(plan, hidden=True)
-    width = plan.model.width
     patch = patch_side(image.height, image.width)
     patches = nn.Conv2d(image.channels, width, patch, stride=patch)
     count = (image.height // patch) * (image.width // patch)
