@@ -28,13 +28,8 @@ from client.run import check_once
 from client.training import LocalTrainer
 from shared.counts import EXACT_UNIT, count_kind, exact_metrics
 from shared.errors import ConfigError
-from shared.plan import (
-    EvaluationPlan,
-    OptimizerPlan,
-    PrivacyPlan,
-    StudyPlan,
-    TrainingPlan,
-)
+from shared.evaluation_plan import EvaluationPlan
+from shared.plan import OptimizerPlan, PrivacyPlan, StudyPlan, TrainingPlan
 from shared.privacy import costs_of, epsilon_of
 from shared.released import ReleasedModel
 from shared.statistics import Records

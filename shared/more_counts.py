@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.evaluation_plan import GroupPlan
 from shared.features import feature_columns, public_baseline
 from shared.metrics import fieller
-from shared.plan import GroupPlan, StudyPlan
+from shared.plan import StudyPlan
 from shared.statistics import Records
 from shared.task_plan import FeaturePlan, TaskPlan
 

@@ -16,9 +16,10 @@ from client.data.dataset import PatientDataset
 from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
 from shared.counts import EXACT_UNIT, Units, count_kind, exact_metrics
+from shared.evaluation_plan import EvaluationPlan
 from shared.models import initial_parameters
 from shared.parameters import FlatVector
-from shared.plan import EvaluationPlan, PrivacyPlan, SitePlan, StudyPlan
+from shared.plan import PrivacyPlan, SitePlan, StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
 from shared.statistics import Records
 from simulations.hospitals import Hospital

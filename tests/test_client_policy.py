@@ -24,9 +24,10 @@ from client.policy import DAYS, DatasetPolicy, PolicyFile, refuse_unless_allowed
 from client.site import Site
 from shared.config import parse
 from shared.errors import ConfigError, FedwardError, PolicyError, ProtocolError
+from shared.evaluation_plan import EvaluationPlan
 from shared.identity import Identity
 from shared.messages import encode
-from shared.plan import EvaluationPlan, StudyPlan, from_table
+from shared.plan import StudyPlan, from_table
 from shared.study import Join, RoundRequest
 
 

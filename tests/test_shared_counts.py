@@ -15,7 +15,8 @@ from training_cases import make_plan
 from shared.counts import UNITS, count_kind, count_noise, record_weights
 from shared.distributed import SMOOTHING
 from shared.errors import ConfigError
-from shared.plan import EvaluationPlan, StudyPlan
+from shared.evaluation_plan import EvaluationPlan
+from shared.plan import StudyPlan
 from shared.privacy import costs_of, count_releases_of, epsilon_of
 from shared.secagg.ring import Ring
 from shared.statistics import Records

@@ -11,7 +11,8 @@ import pytest
 
 from shared import counts, more_counts, outcomes
 from shared.counts import COUNTS
-from shared.plan import GroupPlan, StudyPlan
+from shared.evaluation_plan import GroupPlan
+from shared.plan import StudyPlan
 from simulations.audits.count_probes import count_checks
 from simulations.audits.implementation import parts_of
 from simulations.audits.own_counts import own_count_checks

@@ -32,11 +32,12 @@ from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
 from server.app import make_server_app
 from server.rounds import RoundReport, StudyOutcome
+from shared.evaluation_plan import EvaluationPlan
 from shared.flower import body_of, content
 from shared.models import build_model, initial_parameters, parameter_spec
 from shared.optimizers import ModelState, apply_update, initial_state
 from shared.parameters import FlatVector
-from shared.plan import EvaluationPlan, SitePlan, StudyPlan
+from shared.plan import SitePlan, StudyPlan
 from shared.privacy import noise_multiplier_of
 from shared.task_plan import ImagePlan
 from simulations.benchmarks.report import Row, one_thread, parser, publish

@@ -24,7 +24,8 @@ from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostin
 
 from client.data.dataset import PatientDataset
 from shared.counts import EXACT_UNIT, count_kind, exact_metrics
-from shared.plan import EvaluationPlan, StudyPlan
+from shared.evaluation_plan import EvaluationPlan
+from shared.plan import StudyPlan
 from shared.statistics import Records
 from shared.tasks import values_of
 from simulations.baselines import pool
