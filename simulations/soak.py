@@ -151,9 +151,19 @@ def restarts(torment: Torment) -> None:
         torment.wait(lambda due=number: len(live.rounds()) >= due, 600)  # type: ignore[misc]
         later = time.monotonic() + chance.uniform(0, LATEST_S / 2)
         torment.wait(lambda end=later: time.monotonic() >= end, 120)  # type: ignore[misc]
-        torment.kill(chance.choice(("serverapp", "serverapp", "machine")))
+        _strike(torment, chance.choice(("serverapp", "serverapp", "machine")))
     while torment.go_on():
         time.sleep(0.5)
+
+
+def _strike(torment: Torment, target: str) -> None:
+    """Kill it as soon as it is there: it may be starting again after the last kill."""
+    before = len(torment.kills)
+    while torment.go_on():
+        torment.kill(target)
+        if len(torment.kills) > before:
+            return
+        time.sleep(0.2)
 
 
 @dataclass(frozen=True)

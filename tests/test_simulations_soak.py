@@ -124,6 +124,27 @@ def test_restarts_kill_the_server_alone_and_ten_times(tmp_path: Path) -> None:
     assert {kill.split()[0] for kill in found.kills} <= {"serverapp", "machine"}
 
 
+class Missing(Recorded):
+    """Finds nothing to kill at every first try."""
+
+    tries = 0
+
+    def kill(self, target: str, name: str = "") -> None:
+        self.tries += 1
+        if self.tries % 2:
+            World.now.done -= 1  # the pause before the next try ends no round
+        else:
+            super().kill(target, name)
+
+
+def test_a_server_that_is_not_there_yet_is_killed_once_it_is(tmp_path: Path) -> None:
+    play: Any = World(12)
+    found = Missing(play, 1, tmp_path / "kills.json")
+    restarts(found)
+    assert len(found.kills) == module.LEAST["restarts"]
+    assert found.tries == 2 * len(found.kills)
+
+
 @pytest.mark.parametrize(
     "case",
     [
