@@ -12,7 +12,7 @@ from simulations.audits.implementation import run
 from simulations.audits.site_probe import changed
 
 CASES = [(fault, ("local", "distributed")[i % 2], (8.0, 1.0)[i // 2 % 2])
-         for i, fault in enumerate(LISTED)]  # fmt: skip
+         for i, fault in enumerate(LISTED) if i % 3 == 0]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", ["local", "distributed"])
@@ -24,7 +24,7 @@ def test_the_product_as_it_is_raises_no_alarm(mode: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("fault", "mode", "epsilon"), CASES, ids=lambda v: getattr(v, "name", v))
 def test_a_seeded_fault_is_found(fault: Fault, mode: str, epsilon: float) -> None:
-    """Every fault in one of the modes; `python -m simulations.audits.faults` runs them all."""
+    """Every third of the faults; `python -m simulations.audits.faults` tries all, everywhere."""
     trial = attempt(fault, mode, epsilon, seed=11 + LISTED.index(fault), quick=True)
     assert trial.found
 
