@@ -46,7 +46,7 @@ ROUNDS = 4
 @pytest.fixture(scope="module")
 def scenario() -> Scenario:
     """Four sites with fixed noise, so that a run can be repeated in one process."""
-    return breast_cancer(ROUNDS, spare_rounds=2)
+    return breast_cancer(ROUNDS, timeout_s=60.0, spare_rounds=2)
 
 
 @pytest.fixture(scope="module")
