@@ -32,8 +32,15 @@ BREACH = "leaving one patient out|with who else is in the batch"
 # --- what passes ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("clip", [1e-3, 1e3])
-@pytest.mark.parametrize("name", sorted(set(BUILDERS) - {"none"}))
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [
+        (name, clip)
+        for name in sorted(set(BUILDERS) - {"none"})
+        for clip in (1e-3, 1e3)
+        if clip < 1 or not name.startswith("resnet")  # the largest ones once
+    ],
+)
 def test_every_shipped_model_passes_at_any_clip_norm(name: str, clip: float) -> None:
     width = 8 if name in ("ft-transformer", "vit") else 4  # their least
     plan = model_plan(name, model={"width": width}, privacy={"clip_norm": clip})
