@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from test_client_data_table import TASK as WHOLE
 
 from client.data import columns
 from client.data.mapped import Spool
@@ -20,16 +21,7 @@ from shared.errors import ConfigError
 from shared.task_plan import FeaturePlan, TaskPlan
 
 ROWS = 23
-TASK = TaskPlan(
-    "outcome",
-    positive="died",
-    features=(
-        FeaturePlan("age", minimum=0, maximum=100),
-        FeaturePlan("sex", type="category", categories=("f", "m")),
-        FeaturePlan("crp", minimum=0, maximum=200, missing="indicator"),
-        FeaturePlan("years", minimum=0, maximum=100),
-    ),
-)
+TASK = replace(WHOLE, features=(*WHOLE.features, FeaturePlan("years", minimum=0, maximum=100)))
 MAPPING = TableMapping(
     patient="MRN",
     columns=(ColumnMapping("years", "until", since="from", date_format="%Y-%m-%d"),),

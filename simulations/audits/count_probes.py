@@ -129,17 +129,18 @@ def blocks_of(plan: StudyPlan) -> int:
     return 1 + sum(3 if f.type == "number" else 1 for f in plan.task.features)
 
 
-def site_deviation(plan: StudyPlan, told: float, unit: int) -> float:
+def site_deviation(plan: StudyPlan, told: float, unit: int, blocks: int) -> float:
     """Standard deviation of one site's noise on a cell, in patients.
 
     Args:
         plan: Its mode says whether a site adds all of the noise or a share.
         told: The promise's noise multiplier.
         unit: Ring units that a patient weighs.
+        blocks: Groups of cells in each of which a patient weighs at most 1.
 
     Source: shared/PRIVACY.md, "Counts".
     """
-    sensitivity = unit * math.sqrt(blocks_of(plan))
+    sensitivity = unit * math.sqrt(blocks)
     local = plan.privacy.mode == "local"
     honest = 1 if local else plan.cohort.threshold - plan.cohort.colluders
     return math.sqrt(((told * sensitivity) ** 2 + _SMOOTHING**2) / honest) / unit
@@ -157,7 +158,8 @@ def _count_run(
         for probe, site, run, process in processes(folders, plan, start, None):
             taken = 0 if not process else taken
             noise = probe.run.layout.count_noise
-            deviation = site_deviation(plan, _told(plan), noise.unit if noise else 1)
+            unit = noise.unit if noise else 1
+            deviation = site_deviation(plan, _told(plan), unit, blocks_of(plan))
             for time in range(effort.noise):
                 due = due_counts(plan, probe.finished)
                 seen = probe.release()

@@ -22,17 +22,17 @@ from shared.outcomes import VALUE_CELLS
 from shared.plan import StudyPlan
 from shared.privacy import count_noise_multiplier
 from shared.tasks import task_kind
+from simulations.audits.count_probes import site_deviation
 from simulations.audits.measure import Check, scale_interval, scale_p
 
 PEOPLE, TRIALS, NOISY = 24, 6, 64
-_SMOOTHING = 2.0  # shared/PRIVACY.md, "Counts": eta
 _RECORDS = (1, 1, 2, 3, 7)
 _COUNTED = 0.3  # of a patient's weight: seven records in as many cells still move more
 
 
 def own_count_checks(plan: StudyPlan, rng: np.random.Generator) -> list[Check]:
     """What a release of the plan's own counts holds, for a plan that learns and releases them."""
-    return [*_moves(plan, rng), _noise(plan, rng)]
+    return [_moves(plan, rng), _noise(plan, rng)]
 
 
 def auditors_blocks(plan: StudyPlan) -> list[int]:
@@ -75,21 +75,19 @@ def hostile(
     return PatientDataset(inputs, labels, owners, people), answers, moved
 
 
-def _moves(plan: StudyPlan, rng: np.random.Generator) -> list[Check]:
+def _moves(plan: StudyPlan, rng: np.random.Generator) -> Check:
     """Leave one patient out at a time."""
     noise, blocks = count_noise(plan), auditors_blocks(plan)
     ends = np.cumsum(blocks)
     single, whole, least = 0.0, 0.0, math.inf
     if ends[-1] != count_kind(plan).cells(plan):
-        return [_layout(int(ends[-1]), count_kind(plan).cells(plan))]
+        return _layout(int(ends[-1]), count_kind(plan).cells(plan))
     for _ in range(TRIALS):
         data, answers, moved = hostile(plan, rng)
         everyone = counts_of(plan, data, answers, noise, moved)
         for absent in range(PEOPLE):
             rest = np.flatnonzero(data.patients != absent)
-            owners = np.unique(data.patients[rest], return_inverse=True)[1].astype(np.int64)
-            names = tuple(n for i, n in enumerate(data.patient_ids) if i != absent)
-            left = PatientDataset(data.inputs[rest], data.labels[rest], owners, names)
+            left = data.select(np.delete(np.arange(PEOPLE), absent))
             those = moved[rest] if len(moved) else moved
             change = everyone - counts_of(plan, left, answers[rest], noise, those)
             parts = np.split(change.astype(np.float64), ends[:-1])
@@ -98,17 +96,15 @@ def _moves(plan: StudyPlan, rng: np.random.Generator) -> list[Check]:
             single, whole, least = max(single, *norms), max(whole, joint), min(least, joint)
     limit = math.sqrt(len(blocks))
     counted = least > _COUNTED
-    return [
-        Check(
-            "own-count-sensitivity",
-            "one patient, with whatever records and answers, moves each block of the plan's own "
-            "counts by at most one patient's weight",
-            "largest move of a block when a patient is left out, over the accounted one",
-            1.0 if max(single, whole / limit) <= 1 + 1e-9 and counted else 0.0,
-            max(single, whole / limit), 1.0,
-            note="" if counted else "A patient was not counted at all.",
-        )
-    ]  # fmt: skip
+    return Check(
+        "own-count-sensitivity",
+        "one patient, with whatever records and answers, moves each block of the plan's own "
+        "counts by at most one patient's weight",
+        "largest move of a block when a patient is left out, over the accounted one",
+        1.0 if max(single, whole / limit) <= 1 + 1e-9 and counted else 0.0,
+        max(single, whole / limit), 1.0,
+        note="" if counted else "A patient was not counted at all.",
+    )  # fmt: skip
 
 
 def _layout(audited: int, released: int) -> Check:
@@ -123,15 +119,12 @@ def _layout(audited: int, released: int) -> Check:
 def _noise(plan: StudyPlan, rng: np.random.Generator) -> Check:
     """What is added to a release of the plan's own size, against the auditor's own figure."""
     noise, told = count_noise(plan), count_noise_multiplier(plan) or 0.0
-    sensitivity = noise.unit * math.sqrt(len(auditors_blocks(plan)))
-    cohort = plan.cohort
-    honest = 1 if plan.privacy.mode == "local" else cohort.threshold - cohort.colluders
-    deviation = math.sqrt(((told * sensitivity) ** 2 + _SMOOTHING**2) / honest)
+    deviation = site_deviation(plan, told, noise.unit, len(auditors_blocks(plan)))
     data, answers, moved = hostile(plan, rng)
     clean = counts_of(plan, data, answers, noise, moved)
     key = ChaChaRandom(rng.bytes(32))
     seen = np.stack([noisy_counts(clean, noise, key) - clean for _ in range(NOISY)])
-    z = seen / deviation
+    z = seen / (deviation * noise.unit)
     energy = float(np.mean(z**2))
     low, high = scale_interval(energy, z.size)
     return Check(
