@@ -105,7 +105,8 @@ class Server:
     def has(self, message: Message) -> bool:
         """Whether all of a reply has arrived."""
         parts = iterate_object_tree(get_object_tree(message))
-        return all(self._state.get_object(self.run, part.object_id) for part in parts)
+        with self._one:  # parts may still be on their way: Flower does not wait when it gives up
+            return all(self._state.get_object(self.run, part.object_id) for part in parts)
 
 
 def deliver(way: Server | Delivery, message: Message) -> None:
