@@ -3,8 +3,8 @@
 Flower would run whatever bundle the SuperLink offers. Here a bundle is refused unless its SHA-256
 is that of the installed version's own (shared/bundle.py), and even then nothing is unpacked: the
 worker (client/worker.py) runs the installed package. A reply is announced anew where a part of it
-was not taken (client/delivery.py). The hooks belong to Flower 1.41; `check_hooks` refuses to start
-on a Flower where they are not what they were.
+was not taken (client/delivery.py), and a message of which nothing more comes is given up. The hooks
+belong to Flower 1.41; `check_hooks` refuses to start on a Flower where they are not what they were.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import flwr
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 from flwr.supercore.run import RunNotRunningException
 
 from client.delivery import Delivery
@@ -29,6 +30,8 @@ from shared.errors import ConfigError
 FLOWER = "1.41."
 BUSY_S, IDLE_S, LONGEST_S = 0.25, 2.0, 10.0
 """How often the SuperNode asks the server; see client/pace.py. 10 s come after ten minutes."""
+PARTS_S = 20.0
+"""For how long no part of a message may come; the server takes one from its own machine."""
 
 _FLOWER_IDLE_S = 3.0
 _LOG = logging.getLogger("flwr.fedward")
@@ -109,9 +112,11 @@ def install_hooks(expected_sha256: str) -> None:
 
     def pull_checked(**kwargs: Any) -> int | None:
         # Flower checks a bundle only where some entity is trusted; which one plays no part here.
-        changed: dict[str, Any] = {"trusted_entities": {"fedward": expected_sha256}}
-        for name in ("pull_object", "confirm_message_received"):
-            changed[name] = _ends_the_task(kwargs[name])
+        changed = {
+            "trusted_entities": {"fedward": expected_sha256},
+            "pull_object": _ends_the_task(_gives_up(kwargs["pull_object"])),
+            "confirm_message_received": _ends_the_task(kwargs["confirm_message_received"]),
+        }
         run_id: int | None = pull(**kwargs | changed)
         asked.answered(run_id is not None)
         return run_id
@@ -134,6 +139,31 @@ def _ends_the_task(call: Callable[..., Any]) -> Callable[..., Any]:
             raise RuntimeError("the run is over") from error
 
     return checked
+
+
+def _gives_up(
+    pull: Callable[[int, str], bytes], clock: Callable[[], float] = time.monotonic
+) -> Callable[[int, str], bytes]:
+    """Let Flower drop a message of which no part has come for `PARTS_S`.
+
+    A SuperLink that is killed while it takes a message never gets the rest of it; Flower would ask
+    for that until the run's end or for two hours, and for nothing else.
+    """
+    progress = [clock()]
+
+    def bounded(run_id: int, part: str) -> bytes:
+        try:
+            found = pull(run_id, part)
+        except ObjectUnavailableError:
+            if clock() - progress[0] < PARTS_S:
+                raise
+            raise ObjectPullError(
+                part, f"no part of the message came for {PARTS_S:.0f} s"
+            ) from None
+        progress[0] = clock()
+        return found
+
+    return bounded
 
 
 def _allow(expected_sha256: str) -> Callable[[Any, dict[str, str]], bool]:

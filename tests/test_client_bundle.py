@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,11 @@ from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab
 from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_utils import (
+    ObjectPullError,
+    ObjectUnavailableError,
+    pull_objects,
+)
 from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import start_client_internal as internal
@@ -177,3 +184,43 @@ def test_a_run_that_ends_while_its_message_arrives_leaves_no_task_behind(
     waiting = state.get_messages_legacy(is_reply=False)
     # Without the hooks, the control: Flower leaves a task whose message never comes.
     assert (task.status.status == "finished", not waiting) == (hooked, hooked)
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_a_message_whose_parts_never_come_is_given_up(
+    state: NodeState, hooked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def never(run_id: int, object_id: str) -> bytes:
+        asked.append(object_id)
+        raise ObjectUnavailableError(object_id)
+
+    few = partial(pull_objects, max_tries_per_object=3, initial_backoff=0.01)
+    monkeypatch.setattr(internal, "pull_objects", few)
+    monkeypatch.setattr(bundle, "PARTS_S", 0.0)
+    _offer(state, _fab(build_bundle(), bundle_sha256()), hooked=hooked, pull_object=never)
+    assert not state.get_messages_legacy(is_reply=False)
+    # Without the hooks, the control: Flower asks as often as it may, which is for hours.
+    assert max(Counter(asked).values()) == (1 if hooked else 3)
+
+
+def test_parts_that_come_late_are_waited_for_while_some_come() -> None:
+    now, come = [0.0], [False]
+
+    def pull(run_id: int, object_id: str) -> bytes:
+        if not come[0]:
+            raise ObjectUnavailableError(object_id)
+        return b"part"
+
+    bounded = bundle._gives_up(pull, lambda: now[0])
+    for _ in range(3):
+        now[0] += bundle.PARTS_S - 1.0
+        with pytest.raises(ObjectUnavailableError):
+            bounded(RUN, "a part")
+        come[0] = True
+        assert bounded(RUN, "a part") == b"part"
+        come[0] = False
+    now[0] += bundle.PARTS_S
+    with pytest.raises(ObjectPullError, match="no part of the message came for 20 s"):
+        bounded(RUN, "a part")

@@ -36,11 +36,10 @@ from simulations.fault_sites import call_as_stranger, changed_bundle, was_refuse
 from simulations.meddler import Meddler
 from simulations.replay import in_process
 from simulations.scenario import Scenario, plan_toml
-from simulations.sites import approve
 
 pytestmark = pytest.mark.slow
 
-ROUNDS = 4
+ROUNDS = 3
 
 
 @pytest.fixture(scope="module")
@@ -109,21 +108,53 @@ def with_exports(live: Deployment) -> Path:
     return run
 
 
-def test_a_model_leaves_the_server_only_once_its_audit_has_passed(
-    live: Deployment, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """The plan asks for it: `fedward-server run` ends with exit code 5 and without a model."""
-    auditor = Identity.generate()
+def test_a_site_that_is_killed_drops_from_its_round_and_comes_back(live: Deployment) -> None:
+    live.approve()
+    process = live.run(str(live.plan_file))
+    wait_for("the first round", lambda: live.rounds() and live.status()["state"] == "running")
+    for child in ("supernode", "worker"):
+        os.kill(live.site_pid("county", child), signal.SIGKILL)
+    rounds = finish(live, process)
+    with_county = ["county" in r["contributors"] for r in rounds]
+    assert with_county[0]
+    assert all(len(r["contributors"]) >= 3 for r in rounds if not r["aborted"])
+    assert live.status()["sha256"] == in_process(live, live.latest_run().name)
+    wait_for("county", lambda: live.online() == set(live.names))
+
+
+@pytest.fixture(scope="module")
+def auditor() -> Identity:
+    """Whom the gated plan names."""
+    return Identity.generate()
+
+
+@pytest.fixture(scope="module")
+def gated(live: Deployment, auditor: Identity) -> Deployment:
+    """The same sites, with a plan that asks for an audit before its model leaves the server."""
     gate = AuditPlan(gate=True, auditor=auditor.public.hex())
     plan = replace(live.plan, name="gated", audit=gate)
+    return replace(live, scenario=replace(live.scenario, plan=plan))
+
+
+def test_a_study_outlives_its_superlink(gated: Deployment, tmp_path: Path) -> None:
+    gated.approve()
     file = tmp_path / "gated.toml"
-    file.write_text(plan_toml(plan))
-    for name in live.names:
-        approve(SiteFolder(live.site(name)), plan)
-    process = live.run(str(file))
+    file.write_text(plan_toml(gated.plan))
+    process = gated.run(str(file))
+    wait_for("the first round", gated.rounds)
+    before = gated.server_pid("superlink")
+    os.kill(before, signal.SIGKILL)
     assert process.popen.wait(400) == 5, process.text
     assert "the model is withheld: the plan asks for an audit before export" in process.text
-    run, key = live.latest_run(), tmp_path / "auditor.pem"
+    assert gated.server_pid("superlink") != before
+    assert sum(not r["aborted"] for r in gated.rounds()) == ROUNDS + 1
+    assert gated.status()["sha256"] == in_process(gated, gated.latest_run().name)
+
+
+def test_its_model_leaves_the_server_only_once_its_audit_has_passed(
+    gated: Deployment, auditor: Identity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, key = gated.latest_run(), tmp_path / "auditor.pem"
     auditor.save(key)
     report = ["report", str(run), "--quick", "--key", str(key)]
     verdicts: list[Verdict] = ["violated"]
@@ -141,32 +172,6 @@ def test_a_model_leaves_the_server_only_once_its_audit_has_passed(
     assert audit(["release", str(run)]) == 0
     assert (run / "model.safetensors").exists()
     assert not verify(run).violated
-
-
-def test_a_site_that_is_killed_drops_from_its_round_and_comes_back(live: Deployment) -> None:
-    live.approve()
-    process = live.run(str(live.plan_file))
-    wait_for("the first round", lambda: live.rounds() and live.status()["state"] == "running")
-    for child in ("supernode", "worker"):
-        os.kill(live.site_pid("county", child), signal.SIGKILL)
-    rounds = finish(live, process)
-    with_county = ["county" in r["contributors"] for r in rounds]
-    assert with_county[0]
-    assert all(len(r["contributors"]) >= 3 for r in rounds if not r["aborted"])
-    assert live.status()["sha256"] == in_process(live, live.latest_run().name)
-    wait_for("county", lambda: live.online() == set(live.names))
-
-
-def test_a_study_outlives_its_superlink(live: Deployment) -> None:
-    live.approve()
-    process = live.run(str(live.plan_file))
-    wait_for("the first round", live.rounds)
-    before = live.server_pid("superlink")
-    os.kill(before, signal.SIGKILL)
-    rounds = finish(live, process)
-    assert live.server_pid("superlink") != before
-    assert sum(not r["aborted"] for r in rounds) == ROUNDS + 1
-    assert live.status()["sha256"] == in_process(live, live.latest_run().name)
 
 
 def test_a_changed_bundle_is_refused_and_nothing_of_it_is_installed(live: Deployment) -> None:
