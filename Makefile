@@ -18,7 +18,7 @@ setup: $(STAMP) ## Create .venv and install fedward with its tools.
 
 $(STAMP): pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
 simulate: $(STAMP) ## Run the default study: four hospitals, encrypted updates, differential privacy.
