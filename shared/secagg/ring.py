@@ -88,10 +88,14 @@ class Ring:
     def dequantise(self, total: RingVector, *, clip_range: float) -> RealVector:
         """Turn the sum of at most `sites` quantised vectors back into reals: float32 (d,)."""
         out = np.empty(len(total), np.float32)
-        scale = np.float64(clip_range / self.limit)
+        unused = 32 - self.bits
+        shifted = np.empty(min(CHUNK, len(total)), np.uint32)
+        # Shifted up, the sign is in its place; the power of two goes into the scale, exactly.
+        scale = np.float64(clip_range / self.limit) * 2.0**-unused
         for start in range(0, len(total), CHUNK):
-            part = self.signed(total[start : start + CHUNK])
-            np.multiply(part, scale, out=out[start : start + CHUNK], casting="unsafe")
+            part = total[start : start + CHUNK]
+            up = np.left_shift(part, np.uint32(unused), out=shifted[: len(part)]).view(np.int32)
+            np.multiply(up, scale, out=out[start : start + CHUNK], casting="unsafe")
         return out
 
     def signed(self, total: RingVector) -> npt.NDArray[np.int32]:
@@ -180,7 +184,8 @@ class Ring:
             words = scratch[: len(part)]
             unpack(packed[start * size : (start + len(part)) * size], words, self.bits)
             part += words
-            part &= self.modulus_mask
+            if self.bits < 32:
+                part &= self.modulus_mask
 
     def _digit_shifts(self, max_count: int) -> Counts:
         if not 0 < max_count * self.sites < 1 << 62:

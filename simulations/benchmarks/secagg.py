@@ -60,6 +60,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument(
         "--prg", choices=get_args(Prg), default="chacha20", help="our masks (default chacha20)"
     )
+    options.add_argument(
+        "--bits", type=int, choices=(16, 24, 32), default=BITS, help="our ring (default 24)"
+    )
     chosen = options.parse_args(arguments)
     parameters = chosen.parameters or (200_000 if chosen.quick else 11_000_000)
     cohorts = chosen.sites or ([4, 10] if chosen.quick else list(COHORTS))
@@ -202,7 +205,7 @@ def against_flower(
     degrees = degrees_for(sites)
     systems = {("flower", degree): flower(values, sites, degree) for degree in degrees}
     for degree in degrees:
-        systems["fedward", degree] = fedward(values, sites, degree, prg=chosen.prg)
+        systems["fedward", degree] = fedward(values, sites, degree, chosen.bits, chosen.prg)
     tasks = {("client", *name): sides.client for name, sides in systems.items()}
     for name in ("fedward", "flower"):
         tasks["server", name, degrees[0]] = systems[name, degrees[0]].server
@@ -213,7 +216,7 @@ def against_flower(
         if side == "client":
             row["degree"] = degree
             row["megabytes"] = systems[system, degree].size_bytes / 1e6
-        rows.append(row | {"bits": BITS if system == "fedward" else 32, "cpu_s": seconds})
+        rows.append(row | {"bits": chosen.bits if system == "fedward" else 32, "cpu_s": seconds})
     for degree in degrees:
         for theirs in sorted({degree, degrees[0]}):
             name = f"client_{sites}_degree_{degree}_vs_flower_{theirs}"
@@ -238,7 +241,7 @@ def against_tenseal(
     except ImportError:
         print("TenSEAL is not installed; its rows are left out (pip install tenseal)")
         return
-    ours = fedward(values, sites, degrees_for(sites)[-1], prg=chosen.prg)
+    ours = fedward(values, sites, degrees_for(sites)[-1], chosen.bits, chosen.prg)
     tasks = {
         "client": theirs.client,
         "server": theirs.server,
