@@ -266,10 +266,14 @@ def _entry_parameters(module: nn.Module, example: Tensor) -> list[nn.Parameter]:
 
     def note(layer: nn.Module, inputs: tuple[object, ...]) -> None:
         if not any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
-            entry.append(min(layer.parameters(recurse=False), key=lambda p: p.numel()))
+            entry.append(min(learnt[layer], key=lambda p: p.numel()))
 
-    layers = [part for part in module.modules() if list(part.parameters(recurse=False))]
-    handles = [layer.register_forward_pre_hook(note) for layer in layers]
+    learnt = {
+        part: own
+        for part in module.modules()
+        if (own := [p for p in part.parameters(recurse=False) if p.requires_grad])
+    }
+    handles = [layer.register_forward_pre_hook(note) for layer in learnt]
     with torch.enable_grad():
         module(example)
     for handle in handles:

@@ -59,9 +59,9 @@ def _learnt(plan: StudyPlan) -> list[str]:
             f"Nothing: of {inputs}, and of {task.label!r}, it is counted how many patients have "
             "which value, and of numbers the mean and the spread, once, over all sites together."
         )
-    from shared.models import build_model, parameter_spec  # noqa: PLC0415  # torch takes seconds
+    from shared.models import plan_spec  # noqa: PLC0415  # torch takes seconds
 
-    size = parameter_spec(build_model(plan)).length
+    size = plan_spec(plan).length
     return [
         *_wrapped(f"{task.label!r} ({task.kind}; positive: {task.positive!r}) from {inputs}"),
         f"model {plan.model.name}, {size} parameters, optimiser {plan.optimizer.name}",

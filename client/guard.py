@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from client.data.dataset import PatientDataset
@@ -33,6 +34,8 @@ DEPENDENCE_LIMIT = 1e-4  # times C
 NOISE_LIMIT = 0.06  # relative; seven standard errors of the measurement
 _NOISE_COORDINATES = 8192
 _NO_CLIPPING = 1e30
+
+Frozen = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,7 @@ def check_sensitivity(
     data = made_up_patients(plan)
     try:
         whole = new_trainer(data)
+        before = _frozen_of(whole)
         settings = _settings(plan, whole, read_parameters(build(plan)), divisor)
 
         def sums_of(part: PatientDataset) -> list[FlatVector]:
@@ -124,6 +128,7 @@ def check_sensitivity(
             f"model {plan.model.name!r}: per-patient gradients could not be measured "
             f"({type(error).__name__}: {error}). Change the model or the loss."
         ) from error
+    _judge_frozen(plan, before, _frozen_of(whole))
     _judge(plan, found, noise_scale)
     return GuardReport(
         model=plan.model.name,
@@ -260,6 +265,20 @@ def _judge(plan: StudyPlan, found: list[Measurement], noise_scale: float) -> Non
             f"model {name!r}: what leaves carries {noise_scale:.3f} times the noise that is "
             "accounted for; it must be 1."
         )
+
+
+def _judge_frozen(plan: StudyPlan, before: Frozen, after: Frozen) -> None:
+    for name, value in before.items():
+        if not torch.equal(value, after[name]):
+            raise SensitivityError(
+                f"model {plan.model.name!r}: its frozen {name} changes as it sees patients, and "
+                "what is frozen is neither clipped nor noised. Keep no state there."
+            )
+
+
+def _frozen_of(trainer: LocalTrainer) -> Frozen:
+    named = trainer.module.named_parameters()
+    return {name: p.detach().clone() for name, p in named if not p.requires_grad}
 
 
 def _stream(plan: StudyPlan) -> ChaChaRandom:

@@ -235,7 +235,9 @@ class ConvRule(LayerRule):
         (tall, broad), (down, right) = self._layer.kernel_size, self._layer.stride
         (gap_y, gap_x) = self._layer.dilation
         pixels = self._padded(flow.inputs).permute(0, 2, 3, 1).contiguous()
-        a_record, a_line, a_pixel, _ = pixels.stride()
+        # Not `stride()`: that of an axis of length 1 may be anything.
+        _, lines, in_line, a_pixel = pixels.shape
+        a_record, a_line = lines * in_line * a_pixel, in_line * a_pixel
         patches = pixels.as_strided(
             (records, high, wide, tall, broad, a_pixel),
             (a_record, down * a_line, right * a_pixel, gap_y * a_line, gap_x * a_pixel, 1),

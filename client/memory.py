@@ -64,7 +64,9 @@ def record_bytes(module: nn.Module, example: Tensor, holds_gradients: bool) -> i
             handle.remove()
     # Outputs, what is kept for the backward pass, and their gradients; Opacus holds a record's
     # gradient twice for a moment.
-    held = 2 * sum(p.numel() for p in module.parameters()) if holds_gradients else 0
+    held = (
+        2 * sum(p.numel() for p in module.parameters() if p.requires_grad) if holds_gradients else 0
+    )
     return 4 * (4 * sum(seen) + held)
 
 

@@ -261,10 +261,10 @@ def _disk(folder: SiteFolder, plan: StudyPlan | None) -> Line:
     free = shutil.disk_usage(folder.path).free
     needed = LEAST_FREE
     if plan is not None:
-        from shared.models import build_model, parameter_spec  # noqa: PLC0415  # torch
+        from shared.models import plan_spec  # noqa: PLC0415  # torch
 
         # A run keeps the model, its moments, and masked vectors until they are settled.
-        needed += 64 * parameter_spec(build_model(plan)).length
+        needed += 64 * plan_spec(plan).length
     fact = f"{free / 2**30:.1f} GiB free, {needed / 2**30:.1f} needed"
     if free < needed:
         remedy = f"Make room on the disk of {folder.path}: a full disk stops a study."

@@ -32,7 +32,7 @@ from shared.evidence import Witness, log_leaves
 from shared.identity import Identity
 from shared.layout import Packed, VectorLayout
 from shared.messages import decode
-from shared.models import build_model, initial_parameters, parameter_spec
+from shared.models import initial_parameters, plan_spec
 from shared.optimizers import initial_state
 from shared.own_noise import alone_multipliers
 from shared.parameters import FlatVector
@@ -83,7 +83,7 @@ class SiteRun:
         if plan is None:
             plan = plans.from_bytes(store["plan"])
         self.plan = plan
-        self.spec = parameter_spec(build_model(plan))
+        self.spec = plan_spec(plan)
         self.layout = VectorLayout(plan, self.spec.length)
         self.noise_multiplier = noise_multiplier_of(plan)
         self._costs = costs_of(plan)

@@ -32,7 +32,14 @@ from client.memory import free_bytes, is_out_of_memory, physical_records
 from client.noise import ChaChaRandom
 from shared.config import require
 from shared.errors import ConfigError, SensitivityError
-from shared.models import build_model, check_model, input_shape, load_parameters, read_parameters
+from shared.models import (
+    build_model,
+    check_model,
+    input_shape,
+    load_parameters,
+    read_parameters,
+    trained,
+)
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.tasks import RecordLosses, task_kind
@@ -130,7 +137,7 @@ class LocalTrainer:
         self.module = build(plan)
         check_model(self.module)
         self.module.to(self.device)
-        self._parameters = list(self.module.parameters())
+        self._parameters = list(trained(self.module).values())
         if max_physical_records is not None:
             require(
                 max_physical_records >= 1,

@@ -26,7 +26,7 @@ from shared.errors import ConfigError
 from shared.files import read_bytes
 from shared.identity import Identity
 from shared.kit import INVITATION, KIT, Address, Invitation, Kit, Member, address
-from shared.plan import NAME
+from shared.model_plan import NAME
 from shared.signed import unseal
 
 State = Literal["invited", "active", "expired", "revoked"]

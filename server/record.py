@@ -26,7 +26,7 @@ from shared.identity import Identity
 from shared.layout import VectorLayout
 from shared.messages import decode
 from shared.metrics import LEVEL, Reading
-from shared.models import build_model, parameter_spec
+from shared.models import plan_spec
 from shared.plan import StudyPlan
 from shared.privacy import GRID, count_promise_of, epsilon_of, noise_multiplier_of
 from shared.released import model_files
@@ -91,7 +91,7 @@ def server_results(
     plan: StudyPlan, outcome: StudyOutcome, transport: GridTransport
 ) -> dict[str, Any]:
     """The keys of results.json that the server knows; see server/results.py."""
-    spec = parameter_spec(build_model(plan))
+    spec = plan_spec(plan)
     cohort = plan.cohort
     readings = readings_by_round(plan, outcome.reports)
     last = readings.get(plan.training.rounds, Reading({}))

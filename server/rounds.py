@@ -35,7 +35,7 @@ from shared.evidence import Witness
 from shared.identity import verify
 from shared.layout import VectorLayout
 from shared.messages import decode, encode
-from shared.models import build_model, initial_parameters, parameter_spec
+from shared.models import initial_parameters, plan_spec
 from shared.optimizers import ModelState, initial_state
 from shared.plan import StudyPlan
 from shared.secagg.session import Session
@@ -130,7 +130,7 @@ class Study:
 
     def __post_init__(self) -> None:
         """Build the starting model, which every site builds alike from the plan."""
-        spec = parameter_spec(build_model(self.plan))
+        spec = plan_spec(self.plan)
         self._layout = VectorLayout(self.plan, spec.length)
         self._parameters = spec.length
         start = initial_state(self.plan.optimizer, initial_parameters(self.plan))

@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from shared.config import canonical_json, require
 from shared.errors import ConfigError, ProtocolError
 from shared.identity import PUBLIC_BYTES
-from shared.plan import NAME
+from shared.model_plan import NAME
 
 INVITATION = "fedward-invitation/1"
 REQUEST = "fedward-request/1"

@@ -26,9 +26,10 @@ def sent_coordinates(plan: StudyPlan) -> Places:
     """
     from torch import nn  # noqa: PLC0415  # torch takes seconds
 
-    from shared.models import build_model  # noqa: PLC0415
+    from shared.models import model_outline, trained  # noqa: PLC0415
 
-    module = build_model(plan)
+    module = model_outline(plan)
+    learnt = trained(module)
     norms = {
         f"{name}.{leaf}"
         for name, part in module.named_modules()
@@ -36,13 +37,13 @@ def sent_coordinates(plan: StudyPlan) -> Places:
         for leaf, _ in part.named_parameters(recurse=False)
     }
     kept, sizes, found = [], [], set[str]()
-    for name, parameter in module.named_parameters():
+    for name, parameter in learnt.items():
         of = [p for p in plan.model.personal if _is_of(name, p, norms)]
         found.update(of)
         kept.append(bool(of))
         sizes.append(parameter.numel())
     missing = sorted(set(plan.model.personal) - found)
-    layers = sorted({name.rpartition(".")[0] for name, _ in module.named_parameters()})
+    layers = sorted({name.rpartition(".")[0] for name in learnt})
     require(
         not missing,
         f"model.personal names {', '.join(missing)}, and model {plan.model.name!r} has no such "

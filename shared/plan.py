@@ -19,44 +19,11 @@ from typing import Any, Literal
 from shared.config import canonical_json, later, parse, read_toml, require
 from shared.errors import ConfigError
 from shared.evaluation_plan import EvaluationPlan, StatisticsPlan
+from shared.model_plan import NAME, ModelPlan
 from shared.task_plan import TaskPlan
 from shared.version import specifier
 
 SCHEMA = "fedward-plan/1"
-NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
-
-
-@dataclass(frozen=True)
-class ModelPlan:
-    """Which model, and its public starting point, a function of `init_seed`.
-
-    `init` "uniform" is equal to the bit on every machine. "torch" is PyTorch's own, as published
-    benchmarks start from; it depends on torch's version, and sites that disagree refuse to run.
-    `trees` trees of `depth` levels each; 0 is the model's own default.
-    `personal` names layers that each site learns for itself: they never leave it. "norms" are all
-    norms of the model (FedBN), a head's name is a local head.
-    """
-
-    name: str
-    init_seed: int = 0
-    init: Literal["uniform", "torch"] = "uniform"
-    hidden: tuple[int, ...] = ()
-    width: int = 16
-    trees: int = later(0)
-    depth: int = later(0)
-    personal: tuple[str, ...] = later(())
-
-    def __post_init__(self) -> None:
-        require(bool(NAME.fullmatch(self.name)), f"name {self.name!r} is not a model's name")
-        require(0 <= self.init_seed < 2**63, "init_seed must be between 0 and 2^63 - 1")
-        require(all(1 <= h <= 65536 for h in self.hidden), "hidden sizes must be 1 to 65536")
-        require(1 <= self.width <= 4096, f"width is {self.width}; valid: 1 to 4096")
-        require(0 <= self.trees <= 10_000, f"trees is {self.trees}; valid: 0 to 10000")
-        require(0 <= self.depth <= 16, f"depth is {self.depth}; valid: 0 to 16")
-        require(
-            all(self.personal) and len(set(self.personal)) == len(self.personal),
-            "personal must be names of layers, each once",
-        )
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,8 @@ def imagenet(images: Tensor) -> Tensor:
 
 def weight_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Name and shape of every tensor that the network reads, in torchvision's layout."""
-    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (64, 3, 7, 7)} | _norm("bn1", 64)
+    shapes: dict[str, tuple[int, ...]] = {"conv1.weight": (stem_width(), 3, 7, 7)}
+    shapes |= _norm("bn1", stem_width())
     bottleneck = expansion(name) == 4
     for block, width_in, width, out, _ in _layout(name):
         if bottleneck:
@@ -136,9 +137,9 @@ def _conv(
 
 def _layout(name: str) -> Iterator[tuple[str, int, int, int, int]]:
     """(name, channels in, inner channels, channels out, stride) of every block."""
-    width_in = 64
+    width_in = stem_width()
     for stage, blocks in enumerate(BLOCKS[name]):
-        width = 64 << stage
+        width = stem_width() << stage
         for i in range(blocks):
             out = width * expansion(name)
             yield f"layer{stage + 1}.{i}", width_in, width, out, 2 if stage and not i else 1
@@ -151,7 +152,12 @@ def _has_shortcut(block: str, width_in: int, out: int) -> bool:
 
 def expansion(name: str) -> int:
     """How much wider a block's output is than its inner layers."""
-    return PRETRAINED_WIDTHS[name] // 512
+    return PRETRAINED_WIDTHS[name] // PRETRAINED_WIDTHS["resnet18"]
+
+
+def stem_width() -> int:
+    """Channels of the first convolution, and inner ones of the first stage: 64, as published."""
+    return PRETRAINED_WIDTHS["resnet18"] // 8
 
 
 def _norm(name: str, width: int) -> dict[str, tuple[int, ...]]:

@@ -19,7 +19,8 @@ from shared import plan as plans
 from shared.answers import answer_names, answers_of
 from shared.config import require
 from shared.errors import ConfigError
-from shared.models import build_model, load_parameters, parameter_spec
+from shared.models import build_model, load_parameters, plan_spec
+from shared.models.lora import merge
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.task_plan import TaskPlan
@@ -49,9 +50,14 @@ class ReleasedModel:
         return model_key(self.plan, self.parameters)
 
     def module(self) -> nn.Module:
-        """The model itself, on the CPU, ready to be asked."""
+        """The model itself, on the CPU, ready to be asked; adapters are in its weights.
+
+        Raises:
+            ConfigError: it adapts a pretrained file's weights, and that file is not here.
+        """
         module = build_model(self.plan)
         load_parameters(module, self.parameters)
+        merge(module)
         return module.eval()
 
 
@@ -104,7 +110,7 @@ def read_model(folder: Path) -> ReleasedModel:
         plan.sha256 == about.get("plan_sha256"),
         f"{file}: the plan is not the one that its plan_sha256 names; the file was changed.",
     )
-    parameters = parameter_spec(build_model(plan)).flatten(tensors)
+    parameters = plan_spec(plan).flatten(tensors)
     return ReleasedModel(plan, parameters, hashlib.sha256(data).hexdigest())
 
 
@@ -124,7 +130,7 @@ def model_files(
         parameters: float32, shape (d,).
         facts: What else model.json says of it.
     """
-    tensors = parameter_spec(build_model(plan)).unflatten(parameters)
+    tensors = plan_spec(plan).unflatten(parameters)
     about: dict[str, object] = {"schema": SCHEMA, "version": fedward_version()}
     about |= {"plan_sha256": plan.sha256, **facts, "plan": json.loads(plan.canonical_bytes)}
     return {

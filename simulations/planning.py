@@ -18,7 +18,7 @@ from client.policy import DatasetPolicy, Policy, refusals
 from shared.config import parse, read_toml, require
 from shared.counts import count_kind, count_noise, releases_counts
 from shared.layout import VectorLayout
-from shared.models import build_model, parameter_spec
+from shared.models import plan_spec
 from shared.own_noise import alone_multipliers
 from shared.plan import StudyPlan
 from shared.privacy import (
@@ -82,7 +82,7 @@ def planned(
 
 
 def _learnt(plan: StudyPlan) -> dict[str, Any]:
-    task, parameters = plan.task, parameter_spec(build_model(plan)).length
+    task, parameters = plan.task, plan_spec(plan).length
     layout, training = VectorLayout(plan, parameters), plan.training
     image = task.image
     shape = [image.channels, image.height, image.width] if image else None

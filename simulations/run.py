@@ -36,7 +36,7 @@ from server.spool import DurableSpool
 from server.transport import GridTransport
 from shared.config import require
 from shared.errors import CohortError
-from shared.models import build_model, parameter_spec
+from shared.models import plan_spec
 from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import costs_of
@@ -130,7 +130,7 @@ def prepare(scenario: Scenario, options: RunOptions) -> PreparedRun:
 
 def fit_threads(plan: StudyPlan) -> None:
     """One thread for a small model: several are slower, ten times so on a shared machine."""
-    if parameter_spec(build_model(plan)).length < SMALL_MODEL:
+    if plan_spec(plan).length < SMALL_MODEL:
         torch.set_num_threads(1)
 
 

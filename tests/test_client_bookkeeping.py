@@ -128,6 +128,11 @@ def test_convolutions(owners: Tensor, seed: int, dimensions: int, data: st.DataO
     agree(layer, torch.randn(len(owners), layer.in_channels, *some(6, 9)), owners)
 
 
+def test_a_convolution_of_a_single_pixel() -> None:
+    torch.manual_seed(1)  # torch gives an axis of length 1 any stride
+    agree(nn.Conv2d(3, 4, 1), torch.randn(3, 3, 1, 1), torch.tensor([0, 0, 1]))
+
+
 @settings(max_examples=40, derandomize=True)
 @given(patients(), seeds, st.integers(3, 6), st.sampled_from([(4, 2), (6, 3), (3, 1), (5, 5)]))
 def test_group_norm(owners: Tensor, seed: int, size: int, channels: tuple[int, int]) -> None:

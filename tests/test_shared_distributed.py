@@ -20,9 +20,9 @@ from shared.distributed import (
     noise_share,
 )
 from shared.errors import ConfigError
+from shared.model_plan import ModelPlan
 from shared.plan import (
     CohortPlan,
-    ModelPlan,
     OptimizerPlan,
     PrivacyPlan,
     SecureSumPlan,

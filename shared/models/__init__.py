@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -18,7 +20,7 @@ from torch.nn.modules.batchnorm import _NormBase as BatchStatisticsNorm
 from shared.errors import ConfigError
 from shared.features import feature_width
 from shared.keystream import PublicStream
-from shared.models import ft_transformer, image, resnet, table, trees, vit
+from shared.models import ft_transformer, image, lora, resnet, table, trees, vit
 from shared.parameters import FlatVector, ParameterSpec
 from shared.plan import StudyPlan
 from shared.pretrained import map_shape
@@ -43,7 +45,8 @@ BUILDERS: dict[str, Callable[[StudyPlan], nn.Module]] = {
 def build_model(plan: StudyPlan) -> nn.Module:
     """Build the plan's model, float32 on the CPU, at its public starting point.
 
-    A pretrained file is not asked for here: `initial_parameters` has its weights.
+    A pretrained file is asked for where its weights are frozen: without them nothing can be
+    computed. Otherwise `initial_parameters` has them.
 
     Returns:
         A module from inputs (records, *input_shape) to outputs (records,), or (records, outputs)
@@ -51,7 +54,25 @@ def build_model(plan: StudyPlan) -> nn.Module:
 
     Raises:
         ConfigError: unknown model, a model that does not fit the task, or one `parameter_spec`
-            refuses.
+            refuses; or the weights that are frozen are not here.
+    """
+    module = model_outline(plan)
+    if plan.model.lora is not None:
+        start = _frozen_start(plan)
+        for name, part in lora.adapted(module):
+            for leaf, value in list(part.layer.named_parameters()):
+                values = torch.from_numpy(start[f"{name}.{leaf}"].copy()).view(value.shape)
+                setattr(part.layer, leaf, nn.Parameter(values, requires_grad=False))
+    return module
+
+
+def model_outline(plan: StudyPlan) -> nn.Module:
+    """The plan's model at its start, but with frozen weights that have shapes and no values.
+
+    It needs no pretrained file, and computes nothing where there are such weights: torch refuses.
+
+    Raises:
+        ConfigError: as for `build_model`, but for the file.
     """
     builder = BUILDERS.get(plan.model.name)
     if builder is None:
@@ -66,10 +87,22 @@ def build_model(plan: StudyPlan) -> nn.Module:
         return module
     with torch.device("meta"):  # neither time nor torch's global random state for values unused
         module = builder(plan)
+        if plan.model.lora is not None:
+            lora.adapt(module, plan.model.lora.rank, plan.model.name)
     check_model(module)
-    module = module.to_empty(device="cpu")
+    for part in module.modules():
+        for leaf, value in list(part.named_parameters(recurse=False)):
+            if value.requires_grad:
+                setattr(part, leaf, nn.Parameter(torch.empty(value.shape)))
     load_parameters(module, starting_point(module, plan.model.init_seed))
     return module
+
+
+@lru_cache(maxsize=2)  # every site of a simulation asks for the same
+def _frozen_start(plan: StudyPlan) -> dict[str, FlatVector]:
+    """Where the plan's model starts without adapters, by parameter."""
+    whole = replace(plan, model=replace(plan.model, lora=None))
+    return plan_spec(whole).unflatten(initial_parameters(whole))
 
 
 def input_shape(plan: StudyPlan) -> tuple[int, ...]:
@@ -85,9 +118,11 @@ def input_shape(plan: StudyPlan) -> tuple[int, ...]:
 def check_model(module: nn.Module) -> None:
     """Refuse a module whose parts cannot be trained under a per-patient guarantee.
 
+    A part may declare in FROZEN which of its children are frozen; nothing else may be.
+
     Raises:
-        ConfigError: batch statistics, buffers, tied or frozen parameters, or values that are
-            not float32; the message names the part and the way out.
+        ConfigError: batch statistics, buffers, tied or undeclared frozen parameters, or values
+            that are not float32; the message names the part and the way out.
     """
     for name, part in module.named_modules():
         if isinstance(part, BatchStatisticsNorm):
@@ -100,44 +135,54 @@ def check_model(module: nn.Module) -> None:
             f"the model has a buffer, {name}: state outside the parameters is neither clipped "
             "nor noised. Make it a constant or a parameter; replace a norm by GroupNorm."
         )
-    seen: dict[int, str] = {}
+    seen, frozen = dict[int, str](), tuple(f"{name}." for name in _declared(module, "FROZEN"))
     for name, parameter in module.named_parameters(remove_duplicate=False):
         if id(parameter) in seen:
             raise ConfigError(f"{name} and {seen[id(parameter)]} are tied; give each its own.")
         seen[id(parameter)] = name
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and not name.startswith(frozen):
             raise ConfigError(f"{name} is frozen; leave it out of the model or train it.")
         if parameter.dtype != torch.float32:
             raise ConfigError(f"{name} is {parameter.dtype}; every parameter must be float32.")
 
 
+def trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a study learns, by name, in the order in which they are flattened."""
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}
+
+
+def plan_spec(plan: StudyPlan) -> ParameterSpec:
+    """Names and shapes of what the plan's model learns; ConfigError as for `model_outline`."""
+    return parameter_spec(model_outline(plan))
+
+
 def parameter_spec(module: nn.Module) -> ParameterSpec:
-    """Names and shapes of the parameters, in the order in which they are flattened.
+    """Names and shapes of what is learnt, in the order in which it is flattened.
 
     Raises:
         ConfigError: see `check_model`.
     """
     check_model(module)
-    named = [(name, tuple(p.shape)) for name, p in module.named_parameters()]
-    return ParameterSpec(tuple(n for n, _ in named), tuple(s for _, s in named))
+    named = trained(module)
+    return ParameterSpec(tuple(named), tuple(tuple(p.shape) for p in named.values()))
 
 
 def initial_parameters(plan: StudyPlan) -> FlatVector:
     """The public starting point, float32 (length,); see `ModelPlan`.
 
     Raises:
-        ConfigError: the plan goes on from a pretrained file that is not here.
+        ConfigError: the plan trains the weights of a pretrained file that is not here.
     """
-    module, image = build_model(plan), plan.task.image
-    if image is not None and image.trainable != "head":
+    module, image = model_outline(plan), plan.task.image
+    if image is not None and image.trainable != "head" and plan.model.lora is None:
         resnet.load_pretrained(module, image)
     return read_parameters(module)
 
 
 def starting_point(module: nn.Module, seed: int) -> FlatVector:
-    """Starting values for a module: uniform in +-1/sqrt(fan in); norms weigh 1 with bias 0.
+    """Starting values of what is learnt: uniform in +-1/sqrt(fan in); norms weigh 1 with bias 0.
 
-    Layers that the module names in STARTS_AT_ZERO do that.
+    Layers that their part names in STARTS_AT_ZERO do that.
 
     The values come from a ChaCha20 keystream of the seed by exact float64 operations, so they
     do not depend on torch's generator, its version, or the machine.
@@ -146,11 +191,13 @@ def starting_point(module: nn.Module, seed: int) -> FlatVector:
         ConfigError: a parameter belongs to a layer with no rule here.
     """
     stream = PublicStream("fedward-initial-parameters/1", seed)
-    at_zero: tuple[str, ...] = getattr(module, "STARTS_AT_ZERO", ())
+    at_zero = _declared(module, "STARTS_AT_ZERO")
     parts: list[FlatVector] = []
     for name, layer in module.named_modules():
         for leaf, parameter in layer.named_parameters(recurse=False):
             size = parameter.numel()
+            if not parameter.requires_grad:
+                continue
             if name in at_zero:
                 parts.append(np.zeros(size, dtype=np.float32))
             elif isinstance(layer, nn.GroupNorm | nn.LayerNorm):
@@ -166,22 +213,31 @@ def starting_point(module: nn.Module, seed: int) -> FlatVector:
     return np.concatenate(parts) if parts else np.zeros(0, dtype=np.float32)
 
 
+def _declared(module: nn.Module, what: str) -> set[str]:
+    """Names of the children that parts of the module list under this attribute."""
+    return {
+        f"{name}.{child}".lstrip(".")
+        for name, part in module.named_modules()
+        for child in getattr(part, what, ())
+    }
+
+
 def read_parameters(module: nn.Module) -> FlatVector:
-    """Copy a module's parameters into one flat vector, float32 (length,)."""
+    """Copy what a module learns into one flat vector, float32 (length,)."""
     with torch.no_grad():
-        parts = [p.detach().reshape(-1) for p in module.parameters()]
+        parts = [p.detach().reshape(-1) for p in trained(module).values()]
         flat = torch.cat(parts) if parts else torch.zeros(0)
     values: FlatVector = flat.cpu().numpy()
     return values
 
 
 def load_parameters(module: nn.Module, vector: FlatVector) -> None:
-    """Write a flat vector into a module's parameters, in place.
+    """Write a flat vector into what a module learns, in place.
 
     Raises:
         ConfigError: the vector's length is not the model's, or it is not float32.
     """
-    parameters = list(module.parameters())
+    parameters = list(trained(module).values())
     length = sum(p.numel() for p in parameters)
     if vector.shape != (length,) or vector.dtype != np.float32:
         raise ConfigError(

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shared.config import require
+from shared.features import PRETRAINED_WIDTHS
 from shared.models.image import group_norm, image_of, outputs_of
 from shared.models.table import single
 from shared.plan import StudyPlan
-from shared.pretrained import BLOCKS, EPS, Weights, expansion, imagenet, weights_of
+from shared.pretrained import BLOCKS, EPS, Weights, expansion, imagenet, stem_width, weights_of
 from shared.task_plan import ImagePlan
 
 SMALL_IMAGE = 64  # up to this many pixels a side, the first layer stays at full resolution
-PUBLISHED_WIDTH = 64
 
 
 class Block(nn.Module):
@@ -113,11 +113,11 @@ class FineTuned(nn.Module):
         super().__init__()
         self._whole = whole
         if whole:
-            self.conv1 = nn.Conv2d(3, PUBLISHED_WIDTH, 7, stride=2, padding=3)
+            self.conv1 = nn.Conv2d(3, stem_width(), 7, stride=2, padding=3)
         for stage in range(0 if whole else 3, 4):
-            blocks = _stage(name, stage, PUBLISHED_WIDTH, folded=True)
+            blocks = _stage(name, stage, stem_width(), folded=True)
             self.add_module(f"layer{stage + 1}", nn.Sequential(*blocks))
-        self.head = nn.Linear((PUBLISHED_WIDTH << 3) * expansion(name), outputs)
+        self.head = nn.Linear(PRETRAINED_WIDTHS[name], outputs)
 
     def forward(self, inputs: Tensor) -> Tensor:
         """What the task wants of each record; see shared/tasks.py."""

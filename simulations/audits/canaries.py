@@ -11,7 +11,13 @@ from torch.nn import functional
 
 from client.data.dataset import PatientDataset
 from shared.config import require
-from shared.models import build_model, initial_parameters, input_shape, load_parameters
+from shared.models import (
+    build_model,
+    initial_parameters,
+    input_shape,
+    load_parameters,
+    trained,
+)
 from shared.parameters import FlatVector, ParameterSpec
 from shared.plan import StudyPlan
 
@@ -45,7 +51,7 @@ def gradients(plan: StudyPlan, start: FlatVector, data: PatientDataset) -> NDArr
     model = build_model(plan)
     load_parameters(model, start)
     model.train()
-    parameters = list(model.parameters())
+    parameters = list(trained(model).values())
     rows = []
     for records in data.records_of:
         used = records[: plan.training.max_records_per_patient]

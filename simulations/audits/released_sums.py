@@ -39,8 +39,9 @@ from client.training import LocalTrainer
 from shared.distributed import NoiseShare
 from shared.errors import AuditError
 from shared.layout import VectorLayout
+from shared.model_plan import ModelPlan
 from shared.models import initial_parameters
-from shared.plan import CohortPlan, ModelPlan, PrivacyPlan, SitePlan, StudyPlan, TrainingPlan
+from shared.plan import CohortPlan, PrivacyPlan, SitePlan, StudyPlan, TrainingPlan
 from shared.privacy import epsilon_of
 from shared.secagg.ring import RingVector
 from shared.task_plan import FeaturePlan, TaskPlan

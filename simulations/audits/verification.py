@@ -12,7 +12,7 @@ from shared.evidence import (
     read_record_file,
 )
 from shared.identity import fingerprint
-from shared.models import build_model, parameter_spec
+from shared.models import plan_spec
 from shared.plan import StudyPlan
 from shared.privacy import costs_of
 from shared.study import Receipt
@@ -119,9 +119,7 @@ class Verification:
         ) as remark:
             record = read_record_file(file)
             demand(keeper in (None, record.keeper), f"it was kept by {record.keeper}")
-            history = replay(
-                record.records, record.keeper, plan, parameter_spec(build_model(plan)).length
-            )
+            history = replay(record.records, record.keeper, plan, plan_spec(plan).length)
             if record.keeper != "server":
                 demand(record.keeper in history.roster, "its keeper is not in the roster")
                 record.check_signature(history.roster[record.keeper])

@@ -42,7 +42,7 @@ from client.training import LocalTrainer
 from server.app import make_server_app
 from shared.distributed import divisor
 from shared.evaluation_plan import EvaluationPlan
-from shared.models import build_model, initial_parameters, parameter_spec
+from shared.models import initial_parameters, plan_spec
 from shared.optimizers import apply_update, initial_state
 from shared.plan import SitePlan, StudyPlan
 from shared.privacy import noise_multiplier_of
@@ -226,7 +226,7 @@ def compare(plan: StudyPlan, images: int) -> tuple[dict[str, Any], dict[str, Any
         run_in_process(app, {h.name: base / h.name for h in hospitals})
         forget_sites()
     about = {
-        "parameters": parameter_spec(build_model(plan)).length,
+        "parameters": plan_spec(plan).length,
         "ring_bits": plan.secure_sum.bits,
         "images": images,
     }

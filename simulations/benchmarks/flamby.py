@@ -21,7 +21,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from shared.features import fit_zscore
-from shared.models import build_model, parameter_spec
+from shared.models import plan_spec
 from shared.parameters import FlatVector
 from simulations import heart
 from simulations.baselines import evaluate, pool
@@ -114,7 +114,7 @@ def _run(name: str, folder: Path, seed: int, *, quick: bool) -> dict[str, float]
     centres = results["final"]["per_site"]
     scores = {site: float(centres[site]["accuracy"]) for site in heart.HOSPITALS}
     scores[MEAN] = float(np.mean(list(scores.values())))
-    model = parameter_spec(build_model(scenario.plan)).flatten(tensors)
+    model = plan_spec(scenario.plan).flatten(tensors)
     scores[POOLED] = pooled_accuracy(scenario, model)
     return scores
 

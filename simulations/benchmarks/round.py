@@ -34,7 +34,7 @@ from server.app import make_server_app
 from server.rounds import RoundReport, StudyOutcome
 from shared.evaluation_plan import EvaluationPlan
 from shared.flower import body_of, content
-from shared.models import build_model, initial_parameters, parameter_spec
+from shared.models import initial_parameters, plan_spec
 from shared.optimizers import ModelState, apply_update, initial_state
 from shared.parameters import FlatVector
 from shared.plan import SitePlan, StudyPlan
@@ -117,7 +117,7 @@ def compare(plan: StudyPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     difference = np.abs(finished[0].state.parameters - clear.state.parameters).max()
     assert difference < 1e-3, f"the twins end with different models: {difference}"
     report = timer.reports[-1]
-    parameters = parameter_spec(build_model(plan)).length
+    parameters = plan_spec(plan).length
     about = {"parameters": parameters, "local_steps": plan.training.local_steps}
     secure_bytes = {"mb_up": report.bytes_up / 1e6, "mb_down": report.bytes_down / 1e6}
     clear_bytes = {"mb_up": clear.bytes_up / 1e6, "mb_down": clear.bytes_down / 1e6}
