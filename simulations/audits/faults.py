@@ -1,7 +1,7 @@
 """Seeded faults: the product's own code path, broken on purpose, one way at a time.
 
-    python -m simulations.audits.faults [--unseen | --second | --counts] [--epsilon 8]
-        [--mode local distributed statistics]
+    python -m simulations.audits.faults [--unseen | --second | --third | --counts]
+        [--epsilon 8] [--mode local distributed statistics]
     python -m simulations.audits.faults --clean N
 
 Each fault is patched into the running process and taken out again. `implementation` is run on the
@@ -22,6 +22,7 @@ from shared.plan import StudyPlan
 from simulations.audits.faults_counts import COUNTED
 from simulations.audits.faults_kit import LISTED, Fault, seeded
 from simulations.audits.faults_second import SECOND
+from simulations.audits.faults_third import THIRD
 from simulations.audits.faults_unseen import UNSEEN
 from simulations.audits.finding import AuditOptions, AuditTarget
 from simulations.audits.implementation import run
@@ -29,7 +30,7 @@ from simulations.audits.site_probe import changed
 from simulations.run import fit_threads
 from simulations.scenario import load_scenario
 
-FAULTS = LISTED + UNSEEN + SECOND + COUNTED
+FAULTS = LISTED + UNSEEN + SECOND + THIRD + COUNTED
 
 
 def small_plan(mode: str, epsilon: float, *, counts: bool = False) -> StudyPlan:
@@ -65,7 +66,8 @@ class Trial:
 
 def attempt(fault: Fault | None, mode: str, epsilon: float, seed: int, quick: bool) -> Trial:
     """Audit the product with a fault, or as it is."""
-    target = AuditTarget(small_plan(mode, epsilon, counts=fault is None or fault in COUNTED))
+    plan = small_plan(mode, epsilon, counts=fault is None or fault in COUNTED)
+    target = AuditTarget(fault.plan(plan) if fault and fault.plan else plan)
     fit_threads(target.plan)
     began = time.process_time()
     with seeded(fault, mode) if fault else contextlib.nullcontext():
@@ -82,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     options.add_argument("--mode", nargs="*", default=["local", "distributed"])
     options.add_argument("--unseen", action="store_true", help="those invented after the freeze")
     options.add_argument("--second", action="store_true", help="those of the second set")
+    options.add_argument("--third", action="store_true", help="those of the third set")
     options.add_argument("--counts", action="store_true", help="those of released counts")
     options.add_argument("--only", nargs="*", default=[], help="faults whose names hold this")
     options.add_argument("--clean", type=int, default=0, metavar="N", help="runs without a fault")
@@ -92,15 +95,16 @@ def main(arguments: list[str] | None = None) -> int:
     faults = [
         f
         for f in (
-            UNSEEN if chosen.unseen else SECOND if chosen.second else COUNTED if chosen.counts
-            else FAULTS if chosen.only else LISTED
+            UNSEEN if chosen.unseen else SECOND if chosen.second else THIRD if chosen.third
+            else COUNTED if chosen.counts else FAULTS if chosen.only else LISTED
         )
         if not chosen.only or any(o in f.name for o in chosen.only)
     ]  # fmt: skip
     cases: list[tuple[Fault | None, str, float]] = [
         (fault, mode, epsilon)
         for fault in faults if not chosen.clean
-        for mode in chosen.mode for epsilon in chosen.epsilon
+        for mode in chosen.mode if mode in fault.modes
+        for epsilon in chosen.epsilon
     ]  # fmt: skip
     cases += [
         (None, chosen.mode[i % len(chosen.mode)], chosen.epsilon[i // 2 % len(chosen.epsilon)])

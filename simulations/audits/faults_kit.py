@@ -21,6 +21,7 @@ from client.noise import ChaChaRandom
 from client.run import SiteRun
 from client.training import LocalTrainer
 from shared.distributed import NoiseShare
+from shared.plan import StudyPlan
 
 Patches = contextlib.ExitStack
 Gradients = list[Tensor]
@@ -34,11 +35,15 @@ class Fault:
         name: Short.
         broken: Patches the product inside the given stack, for a privacy mode.
         listed: Whether it was known when the probes were written.
+        modes: Privacy modes in which it acts.
+        plan: Makes the plan on which it acts of the small one.
     """
 
     name: str
     broken: Callable[[Patches, str], None]
     listed: bool = True
+    modes: tuple[str, ...] = ("local", "distributed", "statistics")
+    plan: Callable[[StudyPlan], StudyPlan] | None = None
 
 
 @contextlib.contextmanager
