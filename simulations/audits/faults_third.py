@@ -458,7 +458,8 @@ THIRD = (
     _third("clipped at the batch's median", clip_rule(_clip_at_the_median)),
     # The rarer class weighs more, up to batch / 2 times C.
     _third("classes balanced after the clip", _watching_batches(_by_class)),
-    # Everybody moves with the batch's size, in all up to 2 C: 2.2, 21.1; 2.3, 26.6; more in small batches.
+    # Everybody moves with the batch's size, in all up to 2 C: 2.2, 21.1; 2.3, 26.6; and more in
+    # small batches.
     _third("sums brought to the expected batch", _watching_batches(_to_the_expected)),
     # One release without noise: no epsilon.
     _third("no noise in the last round", _in_rounds(_none_in_the_last)),
