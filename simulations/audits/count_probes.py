@@ -28,7 +28,12 @@ from simulations.audits.finding import artefact
 from simulations.audits.measure import Check, Floats, correlation_p, smallest
 from simulations.audits.noise_probes import Residuals, noise_checks
 from simulations.audits.regimes import PROCESSES, QUIET, RUNS, Effort, Setting, processes
-from simulations.audits.site_probe import ProbedSite, changed, write_probed_sites
+from simulations.audits.site_probe import (
+    ProbedSite,
+    changed,
+    missing_on_charges,
+    write_probed_sites,
+)
 
 PATIENTS = 12
 TOLD_SLACK = 1.01
@@ -47,11 +52,15 @@ class CountRun:
         noise: Counts less the auditor's, over the accounted noise.
         training: Noise of the update in the same releases, as it left; None without training.
         charged: (charged on disk, released) at each release of counts.
+        missing: Patients who are not on a charge of the counts, at most.
+        idle: Largest cell of a vector with which no counts were due; None where all had some.
     """
 
     noise: Residuals
     training: Floats | None
     charged: NDArray[np.int64]
+    missing: int
+    idle: float | None
 
 
 def count_checks(
@@ -65,7 +74,7 @@ def count_checks(
         start = saturated_start(counting, _trained(counting, data))
     seen = _count_run(counting, data, start, effort)
     checks = [*_promise(plan), *noise_checks(seen.noise, "count-noise")]
-    checks += _apart_from_training(seen) + _charged(seen.charged)
+    checks += _apart_from_training(seen) + _charged(seen.charged) + _nothing_beside(seen)
     checks += _one_patient(counting, data, start)
     checks = [replace(c, assumptions=(*c.assumptions, ASSUMPTION)) for c in checks]
     return checks, artefact(seen.noise.values)
@@ -152,6 +161,7 @@ def _count_run(
     rows, labels, updates = list[Floats](), list[tuple[int, int, int, int]](), list[Floats]()
     charged = list[tuple[int, int]]()
     exact, deviation = exact_counts(plan, data), 1.0
+    missing, idle = 0, None
     with tempfile.TemporaryDirectory(prefix="fedward-audit-") as work:
         folders = write_probed_sites(Path(work), plan, _trained(plan, data), tested=data, runs=RUNS)
         taken = 0
@@ -163,18 +173,21 @@ def _count_run(
             for time in range(effort.noise):
                 due = due_counts(plan, probe.finished)
                 seen = probe.release()
-                if not due:
-                    continue  # the starting point is not counted
+                if not due:  # the starting point is not counted
+                    idle = max(idle or 0.0, float(np.abs(seen.counts).max(initial=0.0)))
+                    continue
                 taken += 1
                 rows.append(seen.counts)
                 labels.append((site, run, process, time))
                 charged.append((seen.counted, taken))
                 updates.append(seen.sums.astype(np.float64))
+            missing = max(missing, missing_on_charges(probe, data, count_use(plan)))
     table = np.array(labels)
     values = (np.stack(rows) - exact) / deviation
     sequence, one = table[:, 0] * RUNS + table[:, 1], np.zeros(len(exact), dtype=np.int64)
     residuals = Residuals(values, sequence, one, ("counts",), table)
-    return CountRun(residuals, np.stack(updates) if plan.learns else None, np.array(charged))
+    training = np.stack(updates) if plan.learns else None
+    return CountRun(residuals, training, np.array(charged), missing, idle)
 
 
 def _promise(plan: StudyPlan) -> list[Check]:
@@ -222,6 +235,27 @@ def _charged(charged: NDArray[np.int64]) -> list[Check]:
             1.0 if short <= 0 else 0.0, float(short), 0.0,
         )
     ]  # fmt: skip
+
+
+def _nothing_beside(seen: CountRun) -> list[Check]:
+    checks = [
+        Check(
+            "everybody-counted-charged",
+            "every patient who is counted is on each charge for counts",
+            "patients who are missing on a charge, at most",
+            1.0 if not seen.missing else 0.0, float(seen.missing), 0.0,
+        )
+    ]  # fmt: skip
+    if seen.idle is not None:
+        checks.append(
+            Check(
+                "idle-cells-empty",
+                "the cells of counts hold nothing where no counts are due",
+                "largest number in an idle cell, in patients",
+                1.0 if not seen.idle else 0.0, seen.idle, 0.0,
+            )
+        )  # fmt: skip
+    return checks
 
 
 def _one_patient(plan: StudyPlan, data: PatientDataset, start: FlatVector) -> list[Check]:

@@ -1,4 +1,4 @@
-"""What the large regimes do not reach: further sites, empty draws, keys, fineness of the noise."""
+"""What the large regimes do not reach: further sites, a study's ends, empty draws, keys, grids."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+from numpy.typing import NDArray
 from scipy import stats
 
 from client.run import SiteRun
@@ -15,19 +16,25 @@ from simulations.audits.canaries import kinds, live_start, repeated, saturated_s
 from simulations.audits.expected_release import site_noise
 from simulations.audits.measure import Check, Floats, scale_p, smallest
 from simulations.audits.regimes import Setting, draw_run, kept_coordinates
-from simulations.audits.site_probe import AUDITED, ProbedSite, write_probed_sites
+from simulations.audits.site_probe import AUDITED, ProbedSite, changed, write_probed_sites
 
 MOST_SITES = 6
 """Sites beyond the first two that are looked at, drawn by lot."""
 
 KEYS = 4096
+SHORT, MOST_STUDIES, VALUES = 3, 10, 300
+"""Rounds of a short study, how many are played at most, values that each of their rounds needs."""
+
+MOST_PAIRED, CLOSE = 64, 1e-5
+"""Coordinates that are compared by pairs; how close two angles are, in parts of a turn."""
+
 FEW = 0.3
 """Share of draws that should hold nobody, where few patients are there."""
 
 
 def edge_checks(setting: Setting) -> list[Check]:
     """Every check of this file."""
-    checks = [*_other_sites(setting), *_keys(setting)]
+    checks = [*_other_sites(setting), *_keys(setting), _first_and_last(setting)]
     if setting.rate < 1:
         checks.append(_empty_draws(setting))
     return checks
@@ -67,6 +74,37 @@ def _other_sites(setting: Setting) -> list[Check]:
             note=f"Looked at beside the first {AUDITED} sites: {', '.join(sorted(names))}.",
         )
     ]  # fmt: skip
+
+
+def _first_and_last(setting: Setting) -> Check:
+    """Short studies played from their first round to their last: each round has all its noise."""
+    plan = changed(setting.step_plan, training={"rounds": SHORT})
+    basis, kind = kinds(plan, live_start(plan), 12, setting.rng)
+    start = saturated_start(plan, basis.data)
+    studies = int(np.clip(math.ceil(VALUES / len(start)), 2, MOST_STUDIES))
+    rounds: list[list[NDArray[np.float32]]] = [[] for _ in range(SHORT)]
+    with tempfile.TemporaryDirectory(prefix="fedward-audit-") as work:
+        folders = write_probed_sites(Path(work), plan, repeated(basis, kind), runs=studies)
+        for study in range(studies):
+            probe = ProbedSite(
+                folders[plan.cohort.names[0]], plan, f"audit-short-{study}", start, None
+            )
+            for seen in rounds:
+                seen.append(probe.release().sums)
+            share, spec = probe.run.layout.share, probe.run.spec
+            probe.close()
+    keep = kept_coordinates(tensor_of(spec), setting.rng)
+    deviation = site_noise(plan, setting.told, len(start), share.scale if share else None)
+    values = np.stack([np.stack(seen)[:, keep] for seen in rounds]) / deviation
+    energy = np.mean(values.astype(np.float64) ** 2, axis=(1, 2))
+    ps = scale_p(energy, values[0].size)
+    return Check(
+        "noise-scale-ends",
+        "the first round of a study and its last carry all the accounted noise",
+        f"standard deviation over the accounted one, in the oddest round of {SHORT}",
+        smallest(ps), math.sqrt(float(energy[np.argmin(ps)])), 1.0,
+        note=f"{studies} studies of {SHORT} rounds were played to their ends.",
+    )  # fmt: skip
 
 
 def _keys(setting: Setting) -> list[Check]:
@@ -137,4 +175,36 @@ def granularity_check(values: Floats, deviation: float, grid: float) -> Check:
         1.0 if z < 4 or ties < 1.2 * expected else float(stats.norm.sf(z)),
         ties / max(expected, 1.0), 1.0,
         note=f"Neighbouring values that can leave are {grid / deviation:.2g} deviations apart.",
+    )  # fmt: skip
+
+
+def pairs_check(values: Floats, deviation: float, grid: float) -> Check:
+    """Two coordinates together are as fine as each alone: no few rays, no few rings.
+
+    A Gaussian pair has a uniform angle and, of its radius r, a uniform exp(-r^2 / 2). On few angles
+    or radii, values of the same pair come too close to each other.
+
+    Args:
+        values, deviation, grid: As in `granularity_check`; values of shape (releases, d).
+    """
+    name, claim = "noise-pairs-fine", "the noise of two coordinates together is as fine as of each"
+    statistic = "neighbouring angles or radii of the oddest pair that coincide, over those expected"
+    n, d = values.shape
+    half = (d + 1) // 2
+    first = np.linspace(0, half - 1, min(half, MOST_PAIRED // 2)).astype(int)
+    columns = np.unique(np.concatenate([first, np.minimum(first + half, d - 1)]))
+    if len(columns) < 2 or grid > 1e-3 * deviation:
+        return Check(name, claim, statistic, None, note="There is no pair, or numbers are coarse.")
+    a, b = np.triu_indices(len(columns), 1)
+    z = values[:, columns] / deviation
+    angle = np.arctan2(z[:, a], z[:, b]) / (2 * math.pi)
+    radius = np.exp(-(z[:, a] ** 2 + z[:, b] ** 2) / 2)
+    places = np.sort(np.concatenate([angle, radius], axis=1), axis=0)
+    close = np.sum(np.diff(places, axis=0) < CLOSE, axis=0)
+    expected = (n - 1) * (1 - (1 - CLOSE) ** n)
+    ps = stats.poisson.sf(close - 1, expected)
+    return Check(
+        name, claim, statistic, smallest(ps), float(close.max()) / expected, 1.0,
+        note=f"{len(a)} pairs of coordinates in {n} releases. The expected number is a mean, so "
+        "the largest of many lies above it.",
     )  # fmt: skip

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,12 @@ from shared.plan import StudyPlan
 from simulations.audits.accounting import epsilon
 from simulations.audits.canaries import distinct_canaries, live_start
 from simulations.audits.count_probes import count_checks
-from simulations.audits.edge_probes import edge_checks, granularity_check
+from simulations.audits.edge_probes import edge_checks, granularity_check, pairs_check
 from simulations.audits.finding import AuditOptions, AuditTarget, Finding, Verdict, artefact
-from simulations.audits.measure import Check, Floats, smallest, two_sided
+from simulations.audits.measure import Check, Floats, smallest, two_sided, two_sided_all
 from simulations.audits.noise_probes import noise_checks
 from simulations.audits.own_counts import own_count_checks
+from simulations.audits.own_state_probes import control_checks, own_layer_checks
 from simulations.audits.regimes import (
     DrawRun,
     Effort,
@@ -162,6 +163,10 @@ def parts_of(
     if plan.evaluation.release == "noised":
         parts.append(("counts", 2.0, lambda: count_checks(plan, setting, rng, effort)))
         parts.append(("own counts", 0.1, lambda: (own_count_checks(own, rng), "")))
+    if own.model.personal:
+        parts.append(("own layers", 1.0, lambda: (own_layer_checks(own, setting), "")))
+    if own.optimizer.name == "scaffold" and setting.step_plan.privacy.mode == "local":
+        parts.append(("control variates", 1.0, lambda: (control_checks(setting), "")))
     return parts
 
 
@@ -253,7 +258,8 @@ def _noise(setting: Setting) -> tuple[list[Check], str]:
     seen = noise_run(setting)
     checks = noise_checks(seen.alone) + noise_checks(seen.live, "live-noise", seen.lively)
     checks += _amounts(seen, setting.rate) + _charges(seen, setting)
-    checks.append(granularity_check(seen.raw, seen.deviation, seen.grid))
+    fine = (seen.raw, seen.deviation, seen.grid)
+    checks += [granularity_check(*fine), pairs_check(*fine)]
     return checks, artefact(seen.alone.values, seen.live.values, seen.amounts)
 
 
@@ -287,11 +293,6 @@ def _amounts(seen: NoiseRun, rate: float) -> list[Check]:
     ]  # fmt: skip
 
 
-def two_sided_all(z: Floats) -> Floats:
-    """p of each standard normal value."""
-    return np.asarray(2 * stats.norm.sf(np.abs(z)))
-
-
 def _charges(seen: NoiseRun, setting: Setting) -> list[Check]:
     _, delta, _ = setting.step_plan.privacy.promise
     short = int(np.max(seen.charged[:, 1] - seen.charged[:, 0]))
@@ -310,6 +311,12 @@ def _charges(seen: NoiseRun, setting: Setting) -> list[Check]:
             "every step is charged on disk before its sum is handed over",
             "most steps released beyond those charged",
             1.0 if short <= 0 else 0.0, float(short), 0.0,
+        ),
+        Check(
+            "everybody-charged",
+            "every patient who may be drawn is on each charge",
+            "patients who are missing on a charge, at most",
+            1.0 if not seen.missing else 0.0, float(seen.missing), 0.0,
         ),
         Check(
             "receipt-steps",
@@ -390,8 +397,3 @@ def _several_draws(parts: Floats, setting: Setting) -> Check:
         float(counts.mean() / (steps * rate)), 1.0,
         note=f"Largest distance of a count from a whole number: {odd:.3f}.",
     )  # fmt: skip
-
-
-def describe(findings: Sequence[Finding]) -> list[str]:
-    """Names of the violated claims."""
-    return [f.name for f in findings if f.verdict == "violated"]

@@ -50,6 +50,11 @@ def two_sided(z: float) -> float:
     return float(2 * stats.norm.sf(abs(z)))
 
 
+def two_sided_all(z: Floats) -> Floats:
+    """p of each standard normal value."""
+    return np.asarray(2 * stats.norm.sf(np.abs(z)))
+
+
 def smallest(ps: Sequence[float] | Floats, tests: int | None = None) -> float:
     """p of the smallest of several p-values, whatever their dependence (Bonferroni).
 

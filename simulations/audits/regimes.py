@@ -39,6 +39,7 @@ from simulations.audits.site_probe import (
     AUDITED,
     ProbedSite,
     changed,
+    missing_on_charges,
     people_of,
     write_probed_sites,
 )
@@ -141,6 +142,7 @@ class NoiseRun:
         crowd: Patients of each kind, (kinds,).
         charged: (steps charged on disk, steps taken) at each release.
         receipts: (epsilon, steps) of each run's receipt, and the steps that it took.
+        missing: Patients who are not on a charge of training, at most.
         spent: Epsilon that the site's books hold against its patients at the end, and the steps.
         raw: As `alone`, as it left: in units of the clip norm.
         deviation: Standard deviation of the accounted noise, in that unit.
@@ -155,6 +157,7 @@ class NoiseRun:
     crowd: NDArray[np.int64]
     charged: NDArray[np.int64]
     receipts: list[tuple[float, int, int]]
+    missing: int
     spent: list[tuple[float, int]]
     raw: Floats
     deviation: float
@@ -197,6 +200,7 @@ def noise_run(setting: Setting) -> NoiseRun:
     charged: list[tuple[int, int]] = []
     receipts: list[tuple[float, int, int]] = []
     spent: list[tuple[float, int]] = []
+    missing = 0
     with tempfile.TemporaryDirectory(prefix="fedward-audit-") as work:
         folders = write_probed_sites(Path(work), plan, data, runs=RUNS)
         taken = 0
@@ -212,6 +216,7 @@ def noise_run(setting: Setting) -> NoiseRun:
             if process == PROCESSES - 1:
                 receipt = probe.run.receipt()
                 receipts.append((receipt.epsilon, receipt.steps, taken))
+                missing = max(missing, missing_on_charges(probe, data, "training"))
                 if run == RUNS - 1:
                     spent.append((_spent(probe, data), RUNS * taken))
         share = probe.run.layout.share
@@ -227,7 +232,7 @@ def noise_run(setting: Setting) -> NoiseRun:
     rotated = _rotated(sums, basis, by_coordinate, deviation)
     return NoiseRun(
         noise, rotated, by_coordinate, decoded.parts, decoded.deviations,
-        np.bincount(kind), np.array(charged), receipts, spent,
+        np.bincount(kind), np.array(charged), receipts, missing, spent,
         np.stack(alone.values)[:, keep].astype(np.float64), deviation, grid,
     )  # fmt: skip
 

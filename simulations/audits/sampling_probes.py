@@ -15,7 +15,14 @@ from scipy import stats
 
 from simulations.audits.canaries import Canaries
 from simulations.audits.finding import Table
-from simulations.audits.measure import Check, Floats, rate_interval, smallest, two_sided
+from simulations.audits.measure import (
+    Check,
+    Floats,
+    rate_interval,
+    smallest,
+    two_sided,
+    two_sided_all,
+)
 
 SLACK = 2e-3
 """Of a patient's part: float32 and the ring's rounding may move it so far."""
@@ -70,7 +77,12 @@ def decode(
 
 def contribution_checks(d: Decoded, canaries: Canaries, prefix: str = "") -> list[Check]:
     """What one patient adds: the own clipped gradient, once, whoever else takes part."""
-    return [_whole(d, canaries, prefix), _largest(d, canaries, prefix), _unexplained(d, prefix)]
+    return [
+        _whole(d, canaries, prefix),
+        _largest(d, canaries, prefix),
+        _unexplained(d, prefix),
+        _untied(d, prefix),
+    ]
 
 
 def _whole(d: Decoded, canaries: Canaries, prefix: str) -> Check:
@@ -146,6 +158,25 @@ def _unexplained(d: Decoded, prefix: str) -> Check:
         mean,
         1.0,
     )
+
+
+def _untied(d: Decoded, prefix: str) -> Check:
+    """Who is drawn does not show in the noise: neither each patient, nor how many."""
+    name, claim = f"{prefix}noise-independent-of-draws", "the noise tells nothing of who was drawn"
+    if d.spare < 1 or len(d.rest) < 2:
+        return Check(name, claim, "", None)
+    rank = stats.rankdata(d.rest)
+    drawn = np.column_stack([d.drawn, stats.rankdata(d.drawn.sum(axis=1))])
+    drawn = drawn[:, np.ptp(drawn, axis=0) > 0]
+    rank, drawn = (v - v.mean(axis=0) for v in (rank, drawn))
+    lengths = np.linalg.norm(drawn, axis=0) * np.linalg.norm(rank)
+    r = rank @ drawn / np.maximum(lengths, 1e-300)
+    return Check(
+        name, claim,
+        "largest rank correlation of the noise's energy with a patient's draws or their number",
+        smallest(two_sided_all(r * math.sqrt(len(rank) - 1))),
+        float(np.abs(r).max(initial=0.0)), 0.0,
+    )  # fmt: skip
 
 
 def draw_checks(d: Decoded, rate: float, prefix: str = "") -> list[Check]:

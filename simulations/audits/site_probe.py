@@ -349,12 +349,21 @@ def people_of(site: Site, plan: StudyPlan, data: PatientDataset) -> People:
     return site.books.people(plan, {"training": data.patient_ids, "evaluation": data.patient_ids})
 
 
+def missing_on_charges(probe: ProbedSite, data: PatientDataset, use: Use) -> int:
+    """How many of these patients lack on some charge of the probed run for a use, at most."""
+    books = probe.site.books
+    wanted = books.population(data.patient_ids).members
+    charged = {c.population for c in books.ledger.charges(probe.run_id) if c.used_for == use}
+    return max((len(np.setdiff1d(wanted, books.ledger.members(p))) for p in charged), default=0)
+
+
 def plain(plan: StudyPlan) -> StudyPlan:
     """The plan on a binary task and images as they are: gradients that the auditor can compute.
 
     Noise, clipping, draws and books are those of the plan; another task has another loss alone.
-    Layers that would stay at each site are audited as if they were sent, which says more. Counts
-    are those of the two labels alone; own_counts.py looks at the plan's own.
+    Layers that would stay at each site are sent here, so that a patient's whole gradient shows;
+    own_state_probes.py looks at what becomes of them. Counts are those of the two labels alone;
+    own_counts.py looks at the plan's own.
 
     Raises:
         ConfigError: the plan trains nothing, or promises no privacy.

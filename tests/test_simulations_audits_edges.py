@@ -1,0 +1,127 @@
+"""What the audit looks at beside the large regimes: it stays silent, and sees what is broken."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+import client.run
+from client.clipping import PatientClipper
+from client.consent import Books
+from client.noise import ChaChaRandom
+from client.own_state import OwnState
+from client.run import SiteRun
+from client.training import LocalTrainer
+from shared import counts, more_counts, privacy
+from shared.plan import StudyPlan
+from shared.secagg import transcript
+from simulations.audits.edge_probes import _first_and_last, pairs_check
+from simulations.audits.faults import small_plan
+from simulations.audits.faults_kit import Fault, seeded
+from simulations.audits.faults_third import THIRD
+from simulations.audits.implementation import FIRST, parts_of
+from simulations.audits.measure import Check
+from simulations.audits.own_state_probes import control_checks, own_layer_checks
+from simulations.audits.regimes import Effort, Setting, setting_of
+from simulations.audits.sampling_probes import Decoded, _untied
+from simulations.audits.site_probe import plain, system_randomness
+
+FAR = 1e-4
+PATCHED = (
+    ChaChaRandom, PatientClipper, LocalTrainer, SiteRun, OwnState, Books, client.run, counts,
+    more_counts, privacy, transcript,
+)  # fmt: skip
+
+
+def _named(part: str) -> Fault:
+    return next(f for f in THIRD if part in f.name)
+
+
+def _setting(own: StudyPlan, seed: int) -> Setting:
+    return setting_of(plain(own), np.random.default_rng(seed), Effort(8, 4, 8, 3))
+
+
+def _least(checks: list[Check]) -> float:
+    return min(c.p for c in checks if c.p is not None)
+
+
+@pytest.mark.parametrize("fault", THIRD, ids=lambda f: f.name)
+def test_a_fault_of_the_third_set_patches_the_product_and_is_taken_out_again(fault: Fault) -> None:
+    def state() -> list[dict[str, Any]]:
+        return [dict(vars(place)) for place in PATCHED]
+
+    mode, before = fault.modes[0], state()
+    with seeded(fault, mode):
+        assert state() != before
+    assert state() == before
+    if fault.plan:
+        assert fault.plan(small_plan(mode, 8.0)) != small_plan(mode, 8.0)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(5)
+
+
+def test_gaussian_pairs_are_fine_and_few_rays_or_rings_are_not(rng: np.random.Generator) -> None:
+    for _ in range(10):
+        fine = pairs_check(3.0 * rng.standard_normal((240, 31)), 3.0, 1e-6)
+        assert _least([fine]) > FIRST
+    radius, angle = rng.rayleigh(3.0, (240, 16)), rng.uniform(0, 2 * np.pi, (240, 16))
+    rays = np.rint(angle / (2 * np.pi) * 1024) * (2 * np.pi / 1024)
+    rings = np.rint(radius * 100) / 100
+    for a, r in ((rays, radius), (angle, rings)):
+        found = pairs_check(np.hstack([r * np.cos(a), r * np.sin(a)]), 3.0, 1e-6)
+        assert _least([found]) < FAR
+
+
+def test_noise_that_grows_with_a_patients_draws_is_seen(rng: np.random.Generator) -> None:
+    drawn = (rng.random((240, 15)) < 0.5).astype(np.float64)
+    nobody = np.zeros((240, 4), dtype=np.int64)
+    for tie, low, high in ((0.0, FIRST, 1.0), (0.5, 0.0, FAR)):
+        rest = rng.chisquare(16, 240) / 16 + tie * drawn[:, 3]
+        found = _untied(Decoded(drawn, np.ones(15), rest, 16, nobody), "")
+        assert low <= _least([found]) <= high
+
+
+@pytest.mark.parametrize("mode", ["local", "distributed"])
+def test_own_layers_carry_their_noise(mode: str) -> None:
+    silent = _named("own layers")
+    assert silent.plan is not None
+    own = silent.plan(small_plan(mode, 8.0))
+    with system_randomness(3):
+        assert _least(own_layer_checks(own, _setting(own, 3))) > FAR
+        if mode in silent.modes:
+            with seeded(silent, mode):
+                assert _least(own_layer_checks(own, _setting(own, 4))) < 1e-9
+
+
+def test_a_control_variate_is_made_of_noised_steps() -> None:
+    clean = _named("control variates")
+    assert clean.plan is not None
+    own = clean.plan(small_plan("local", 8.0))
+    with system_randomness(3):
+        assert _least(control_checks(_setting(own, 3))) > FAR
+        with seeded(clean, "local"):
+            assert _least(control_checks(_setting(own, 4))) < 1e-9
+
+
+def test_the_last_round_of_a_study_carries_its_noise() -> None:
+    own = small_plan("distributed", 1.0)
+    with system_randomness(3), seeded(_named("last round"), "distributed"):
+        assert _least([_first_and_last(_setting(own, 4))]) < 1e-9
+
+
+def test_who_is_on_no_charge_and_what_fills_an_idle_cell_are_seen(
+    rng: np.random.Generator,
+) -> None:
+    idle = _named("idle cell")
+    assert idle.plan is not None
+    own = idle.plan(small_plan("local", 8.0))
+    stand_in, effort = plain(own), Effort(3, 2, 3, 2)
+    with system_randomness(3), seeded(idle, "local"), seeded(_named("on no charge"), "local"):
+        parts = {name: part for name, _, part in parts_of(own, stand_in, rng, effort)}
+        found = {c.name for name in ("noise", "counts") for c in parts[name]()[0] if c.p == 0.0}
+    assert {"everybody-charged", "everybody-counted-charged", "idle-cells-empty"} <= found
