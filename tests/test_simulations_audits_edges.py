@@ -25,7 +25,7 @@ from simulations.audits.implementation import FIRST, parts_of
 from simulations.audits.measure import Check
 from simulations.audits.own_state_probes import control_checks, own_layer_checks
 from simulations.audits.regimes import Effort, Setting, setting_of
-from simulations.audits.sampling_probes import Decoded, _untied
+from simulations.audits.sampling_probes import Decoded, _along, _untied
 from simulations.audits.site_probe import plain, system_randomness
 
 FAR = 1e-4
@@ -82,7 +82,19 @@ def test_noise_that_grows_with_a_patients_draws_is_seen(rng: np.random.Generator
     nobody = np.zeros((240, 4), dtype=np.int64)
     for tie, low, high in ((0.0, FIRST, 1.0), (0.5, 0.0, FAR)):
         rest = rng.chisquare(16, 240) / 16 + tie * drawn[:, 3]
-        found = _untied(Decoded(drawn, np.ones(15), rest, 16, nobody), "")
+        found = _untied(Decoded(drawn, np.ones(15), rest, 16, rest, nobody), "")
+        assert low <= _least([found]) <= high
+
+
+def test_noise_that_spares_the_sum_or_points_along_it_is_seen(rng: np.random.Generator) -> None:
+    normal, nobody = rng.standard_normal((2, 240)), np.zeros((240, 4), dtype=np.int64)
+    drawn = np.ones((240, 3))
+    for along, low, high in (
+        (normal[0], FIRST, 1.0),
+        (0.5 * normal[0], 0.0, FAR),
+        (np.maximum(*normal), 0.0, FAR),
+    ):
+        found = _along(Decoded(drawn, np.ones(3), normal[1], 16, along, nobody), "")
         assert low <= _least([found]) <= high
 
 
@@ -108,7 +120,8 @@ def test_a_control_variate_is_made_of_noised_steps() -> None:
             assert _least(control_checks(_setting(own, 4))) < 1e-9
 
 
-def test_the_last_round_of_a_study_carries_its_noise() -> None:
+@pytest.mark.parametrize("part", ["last round", "trained again"])
+def test_a_quiet_last_round_and_a_quiet_second_attempt_are_seen(part: str) -> None:
     own = small_plan("distributed", 1.0)
     with system_randomness(3), seeded(_named("last round"), "distributed"):
         assert _least([_first_and_last(_setting(own, 4))]) < 1e-9

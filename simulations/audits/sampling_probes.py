@@ -28,6 +28,8 @@ SLACK = 2e-3
 """Of a patient's part: float32 and the ring's rounding may move it so far."""
 
 ENERGY_SLACK = 0.03
+ALONG_SLACK = 0.1
+"""Of a deviation of turned down noise: rounding may shift the noise along a sum so far."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Decoded:
         deviations: Standard deviation that the noise gives each part, (patients,).
         rest: Mean square, over the noise's, of what no patient explains, (releases,).
         spare: Dimensions of that rest.
+        along: The noise along the sum of who took part, over its deviation; (releases with any,).
         labels: (site, run, process, time) of each release.
     """
 
@@ -46,6 +49,7 @@ class Decoded:
     deviations: Floats
     rest: Floats
     spare: int
+    along: Floats
     labels: NDArray[np.int64]
 
     @property
@@ -72,7 +76,11 @@ def decode(
     outside = np.sum(sums.astype(np.float64) ** 2, axis=1) - np.sum(inside**2, axis=1)
     rest = np.maximum(outside, 0.0) / (max(spare, 1) * noise**2)
     deviations = noise * np.sqrt(np.sum(inverse**2, axis=1))
-    return Decoded(parts, deviations, rest, spare, labels)
+    clean = (parts > 0.5).astype(np.float64) @ canaries.clipped.astype(np.float64)
+    size = np.linalg.norm(clean, axis=1)
+    some = size > noise
+    along = np.sum((sums[some] - clean[some]) * clean[some], axis=1) / (size[some] * noise)
+    return Decoded(parts, deviations, rest, spare, along, labels)
 
 
 def contribution_checks(d: Decoded, canaries: Canaries, prefix: str = "") -> list[Check]:
@@ -82,6 +90,7 @@ def contribution_checks(d: Decoded, canaries: Canaries, prefix: str = "") -> lis
         _largest(d, canaries, prefix),
         _unexplained(d, prefix),
         _untied(d, prefix),
+        _along(d, prefix),
     ]
 
 
@@ -176,6 +185,22 @@ def _untied(d: Decoded, prefix: str) -> Check:
         "largest rank correlation of the noise's energy with a patient's draws or their number",
         smallest(two_sided_all(r * math.sqrt(len(rank) - 1))),
         float(np.abs(r).max(initial=0.0)), 0.0,
+    )  # fmt: skip
+
+
+def _along(d: Decoded, prefix: str) -> Check:
+    """Noise blurs the clean sum's own direction, too, and does not point where it points."""
+    count = len(d.along)
+    energy = float(np.mean(d.along**2)) if count else 1.0
+    mean = float(np.mean(d.along)) if count else 0.0
+    low = float(stats.chi2.cdf(energy * count, count)) if count else 1.0
+    pull = two_sided(max(abs(mean) - ALONG_SLACK, 0.0) * math.sqrt(count))
+    return Check(
+        f"{prefix}noise-along-sums",
+        "along the clean sum there is as much noise as elsewhere, and it leans neither way",
+        "mean of the noise along the clean sum, over its standard deviation",
+        smallest([low, pull]), mean, 0.0,
+        note=f"Mean square of that noise over the accounted one: {energy:.3f}.",
     )  # fmt: skip
 
 

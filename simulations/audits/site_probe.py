@@ -93,6 +93,7 @@ class Recorder:
     def __init__(self, names: tuple[str, ...], seen: Callable[[], None]) -> None:
         self._names, self._seen = names, seen
         self.taken: RingVector | None = None
+        self.fails = False
 
     def open_round(self, opening: bytes, *, model_hash: bytes) -> RoundTicket:
         """A ticket for the round whose number the descriptor begins with."""
@@ -103,7 +104,9 @@ class Recorder:
     def masked_input(
         self, ticket: RoundTicket, source: RingVector | Source, *, threads: int = 1
     ) -> bytes:
-        """Keep the vector."""
+        """Keep the vector; InterruptedError where it shall not get away."""
+        if self.fails:
+            raise InterruptedError
         if isinstance(source, np.ndarray):
             self.taken = source.copy()
         else:
@@ -243,6 +246,14 @@ class ProbedSite:
             raise RuntimeError("the site masked nothing")
         counts = self.run.layout.counts_of(taken)
         return Release(self._sums(taken), self._charged, counts, self._counted)
+
+    def interrupted(self) -> None:
+        """Train for the next round, and fail before its vector leaves; the round can come again."""
+        self._recorder.fails = True
+        with contextlib.suppress(InterruptedError):
+            self.release()
+        self._round -= 1
+        self._prepare()
 
     @property
     def finished(self) -> int:
