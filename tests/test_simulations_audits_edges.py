@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,9 @@ def test_who_is_on_no_charge_and_what_fills_an_idle_cell_are_seen(
     assert idle.plan is not None
     plan = plain(idle.plan(small_plan("local", 8.0)))
     data, name = candidates(plan, 12, rng, labelled=True), plan.cohort.names[0]
+    others = replace(data, patient_ids=tuple(f"other-{i}" for i in range(12)))
     for number, parts in enumerate(((), ("idle cell", "on no charge"))):
-        folders = write_probed_sites(tmp_path / str(number), plan, data)
+        folders = write_probed_sites(tmp_path / str(number), plan, data, tested=others)
         with contextlib.ExitStack() as faults:
             for part in parts:
                 faults.enter_context(seeded(_named(part), "local"))
