@@ -10,8 +10,6 @@ by the accountant or, for draws and the better of two, from 100,000 or more simu
 from __future__ import annotations
 
 import functools
-import hashlib
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -33,227 +31,33 @@ from shared.plan import StudyPlan
 from shared.secagg import transcript
 from shared.statistics import Records
 from simulations.audits.faults_kit import (
-    Draw,
     Fault,
-    Gradients,
     Patches,
     clip_rule,
     noise_rule,
-    norm_of,
     patched,
     sampling,
-    scaled,
 )
-
-Noise = NDArray[np.float64]
-Indices = NDArray[np.int64]
-EIGHT_BITS = 256
-
-# Who is drawn.
-
-
-def _stays_for_the_next_step() -> Callable[[ChaChaRandom, int, float], Indices]:
-    """With chance 9/10 a patient stays in, or out, as in the step before; the rate is right."""
-    before: dict[int, NDArray[np.bool_]] = {}
-
-    def sample(random: ChaChaRandom, count: int, rate: float) -> Indices:
-        inside = random.words(count) * 2.0**-64 < rate
-        stays = random.words(count) * 2.0**-64 < 0.9
-        if count in before:
-            inside = np.where(stays, before[count], inside)
-        before[count] = inside
-        return np.flatnonzero(inside)
-
-    return sample
-
-
-def _one_always_in(random: ChaChaRandom, count: int, rate: float) -> Indices:
-    """One patient, the fourth, is in every batch."""
-    inside = random.words(count) * 2.0**-64 < rate
-    inside[3:4] = True
-    return np.flatnonzero(inside)
-
-
-def _block_shares_a_draw(random: ChaChaRandom, count: int, rate: float) -> Indices:
-    """Neighbours in the file are drawn together, 32 by one word."""
-    words = random.words(-(-count // 32)) * 2.0**-64
-    return np.flatnonzero(np.repeat(words < rate, 32)[:count])
-
-
-def _draws_from_the_noise(patches: Patches, mode: str) -> None:
-    """The words that choose patients are used again as the first words of the noise."""
-    again: dict[int, bytes] = {}
-    take = ChaChaRandom.bytes
-
-    def bytes_of(self: ChaChaRandom, length: int) -> bytes:
-        start = again.pop(id(self), b"")
-        if len(start) > length:
-            again[id(self)] = start[length:]
-        return start[:length] + take(self, max(0, length - len(start)))
-
-    def sample(self: ChaChaRandom, count: int, rate: float) -> Indices:
-        drawn = take(self, 8 * count)
-        again[id(self)] = drawn
-        return np.flatnonzero(np.frombuffer(drawn, "<u8") * 2.0**-64 < rate)
-
-    def one_stream(self: ChaChaRandom, label: str) -> ChaChaRandom:
-        use = self._uses.get(label, 0)
-        self._uses[label] = use + 1
-        return self.child(f"{label.replace('rounding', 'round')} / use {use}")
-
-    patches.enter_context(patched(ChaChaRandom, "bytes", bytes_of))
-    patches.enter_context(patched(ChaChaRandom, "sample", sample))
-    patches.enter_context(patched(ChaChaRandom, "fresh_child", one_stream))
-
-
-# What a patient may add.
-
-
-def _norm_without_the_last(whole: list[Gradients], clip: float) -> list[Gradients]:
-    """The norm is taken before the last tensor, a bias, is there."""
-    factors = [min(1.0, clip / max(norm_of(g[:-1]), 1e-12)) for g in whole]
-    return [[part * f for part in g] for g, f in zip(whole, factors, strict=True)]
-
-
-def _clip_at_the_median(whole: list[Gradients], clip: float) -> list[Gradients]:
-    """Clipped to the batch's median norm where that is below C; noise stays that of C."""
-    if not whole:
-        return []
-    limit = min(clip, float(np.median([norm_of(g) for g in whole])))
-    return [scaled(g, limit) for g in whole]
-
-
-def _watching_batches(rule: Callable[[LocalTrainer, Indices, list[Gradients]], list[float]]) -> Any:
-    """Clip rightly, then weigh each patient by a rule that sees the batch."""
-
-    def broken(patches: Patches, mode: str) -> None:
-        now: list[tuple[LocalTrainer, Indices]] = []
-
-        def weighed(whole: list[Gradients], clip: float) -> list[Gradients]:
-            trainer, batch = now[0]
-            clipped = [scaled(g, clip) for g in whole]
-            weights = rule(trainer, batch, clipped) if len(batch) == len(whole) else []
-            return [[p * w for p in g] for g, w in zip(clipped, weights, strict=True)]
-
-        clip_rule(weighed)(patches, mode)
-        inner = LocalTrainer._sum_patients
-
-        def sum_patients(self: LocalTrainer, batch: Indices) -> int:
-            now[:] = [(self, batch)]
-            return inner(self, batch)
-
-        patches.enter_context(patched(LocalTrainer, "_sum_patients", sum_patients))
-
-    return broken
-
-
-def _by_class(trainer: LocalTrainer, batch: Indices, clipped: list[Gradients]) -> list[float]:
-    """Both classes weigh the same in a batch, by its own private counts, after the clip."""
-    labels = [float(trainer._labels[trainer._records_of[p][0]]) for p in batch.tolist()]
-    return [len(labels) / (2 * labels.count(label)) for label in labels]
-
-
-def _to_the_expected(
-    trainer: LocalTrainer, batch: Indices, clipped: list[Gradients]
-) -> list[float]:
-    """A small batch's sum is blown up to the expected size, a large one's shrunk; then noise."""
-    return [trainer._divisor / max(1, len(batch))] * len(batch)
-
-
-# Noise.
-
-
-def _in_rounds(
-    quiet: Callable[[SiteRun, int], float],
-) -> Callable[[Patches, str], None]:
-    """Noise times a factor that follows from the run and the round."""
-
-    def broken(patches: Patches, mode: str) -> None:
-        factor = [1.0]
-        original = SiteRun._train
-
-        def train(self: SiteRun, round_no: int) -> Any:
-            factor[0] = quiet(self, round_no)
-            return original(self, round_no)
-
-        patches.enter_context(patched(SiteRun, "_train", train))
-        noise_rule(lambda right, draw: right * factor[0])(patches, mode)
-
-    return broken
-
-
-def _none_in_the_last(run: SiteRun, round_no: int) -> float:
-    """The plan's last round goes out without noise, for a better model."""
-    return 0.0 if round_no == run.plan.training.rounds else 1.0
-
-
-def _half_again(run: SiteRun, round_no: int) -> float:
-    """A round that is trained again in the same process gets half the noise."""
-    seen = run.__dict__.setdefault("rounds_trained", set())
-    again = round_no in seen
-    seen.add(round_no)
-    return 0.5 if again else 1.0
-
-
-def _coarse_angles(right: Noise, draw: Draw) -> Noise:
-    """Box and Muller's angle comes from one byte: two coordinates lie on one of 256 rays."""
-    pairs = (len(right) + 1) // 2
-    uniform = (draw.random.words(pairs).astype(np.float64) + 0.5) * 2.0**-64
-    angles = np.frombuffer(draw.random.bytes(pairs), np.uint8) * (2 * math.pi / EIGHT_BITS)
-    radius = draw.deviation * np.sqrt(-2 * np.log(uniform))
-    return np.concatenate([radius * np.cos(angles), radius * np.sin(angles)])[: len(right)]
-
-
-def _centred(right: Noise, draw: Draw) -> Noise:
-    """The mean is taken off the noise, "so that it biases nothing", and its variance restored."""
-    count = len(right)
-    spread = math.sqrt(count / (count - 1)) if count > 1 else 1.0
-    return np.asarray((right - right.mean()) * spread)
-
-
-def _better_of_two(right: Noise, draw: Draw) -> Noise:
-    """Noise is drawn twice, and what hinders the step less is kept."""
-    other = draw.deviation * draw.random.gaussian(len(right)).astype(np.float64)
-    return right if right @ draw.sums >= other @ draw.sums else other
-
-
-def _across_alone(right: Noise, draw: Draw) -> Noise:
-    """The part of the noise along the clean sum is taken out, "so that the step keeps its size"."""
-    square = float(draw.sums @ draw.sums)
-    if not square:
-        return right
-    return np.asarray(right - draw.sums * (right @ draw.sums) / square)
-
-
-def _stream_of_the_descriptor(patches: Patches, mode: str) -> None:
-    """The stream follows from the round's descriptor, so that a run can be repeated; all see it."""
-    original = SiteRun._reserve
-
-    def reserve(self: SiteRun, ticket: Any) -> Any:
-        self.__dict__["_random"] = ChaChaRandom(hashlib.sha256(ticket.digest).digest())
-        return original(self, ticket)
-
-    patches.enter_context(patched(SiteRun, "_reserve", reserve))
-
-
-def _cancelling(patches: Patches, mode: str) -> None:
-    """The sites' noise comes from a common stream, added by one site and subtracted by the next."""
-    original = SiteRun._reserve
-    now: dict[str, Any] = {"sign": 1.0, "random": ChaChaRandom(bytes(32))}
-
-    def reserve(self: SiteRun, ticket: Any) -> Any:
-        place = self.plan.cohort.names.index(self.config.name)
-        key = hashlib.sha256(b"pair %d " % (place // 2) + ticket.digest).digest()
-        now.update(sign=1.0 - 2.0 * (place % 2), random=ChaChaRandom(key))
-        return original(self, ticket)
-
-    def rule(right: Noise, draw: Draw) -> Noise:
-        drawn = now["random"].gaussian(len(right)).astype(np.float64)
-        return np.asarray(now["sign"] * draw.deviation * drawn)
-
-    patches.enter_context(patched(SiteRun, "_reserve", reserve))
-    noise_rule(rule)(patches, mode)
-
+from simulations.audits.faults_third_training import (
+    across_alone,
+    better_of_two,
+    block_shares_a_draw,
+    by_class,
+    cancelling,
+    centred,
+    clip_at_the_median,
+    coarse_angles,
+    draws_from_the_noise,
+    half_again,
+    in_rounds,
+    none_in_the_last,
+    norm_without_the_last,
+    one_always_in,
+    stays_for_the_next_step,
+    stream_of_the_descriptor,
+    to_the_expected,
+    watching_batches,
+)
 
 # Books.
 
@@ -444,39 +248,39 @@ def _third(name: str, broken: Callable[[Patches, str], None], **more: Any) -> Fa
 
 THIRD = (
     # No amplification between steps: 1.07, 12.0; 1.53, 21.3.
-    _third("a patient stays for the next step", sampling(_stays_for_the_next_step())),
+    _third("a patient stays for the next step", sampling(stays_for_the_next_step())),
     # No amplification for one patient: 2.2, 18.8; 3.9, 30.3.
-    _third("one patient always in", sampling(_one_always_in)),
+    _third("one patient always in", sampling(one_always_in)),
     # The neighbours' gradients betray the draw: 1.27, 12.2; 2.1, 15.4.
-    _third("32 neighbours share a draw", sampling(_block_shares_a_draw)),
+    _third("32 neighbours share a draw", sampling(block_shares_a_draw)),
     # Large noise betrays the draw: a loss without bound
     # with chance 0.68, 0.99; 0.58, 0.94 over the study.
-    _third("draws and noise from the same words", _draws_from_the_noise),
+    _third("draws and noise from the same words", draws_from_the_noise),
     # A patient moves up to 1.41 C: 1.5, 12.8; 1.5, 14.1.
-    _third("the norm forgets the bias", clip_rule(_norm_without_the_last)),
+    _third("the norm forgets the bias", clip_rule(norm_without_the_last)),
     # Half of a batch moves with one patient; no bound but batch / 2 times C.
-    _third("clipped at the batch's median", clip_rule(_clip_at_the_median)),
+    _third("clipped at the batch's median", clip_rule(clip_at_the_median)),
     # The rarer class weighs more, up to batch / 2 times C.
-    _third("classes balanced after the clip", _watching_batches(_by_class)),
+    _third("classes balanced after the clip", watching_batches(by_class)),
     # Everybody moves with the batch's size, in all up to 2 C: 2.2, 21.1; 2.3, 26.6; and more in
     # small batches.
-    _third("sums brought to the expected batch", _watching_batches(_to_the_expected)),
+    _third("sums brought to the expected batch", watching_batches(to_the_expected)),
     # One release without noise: no epsilon.
-    _third("no noise in the last round", _in_rounds(_none_in_the_last)),
+    _third("no noise in the last round", in_rounds(none_in_the_last)),
     # Costs such a round as much as four; 2.2, 21.1; 2.3, 26.6 if every round is trained twice.
-    _third("half the noise when trained again", _in_rounds(_half_again)),
+    _third("half the noise when trained again", in_rounds(half_again)),
     # A patient moves two coordinates off all rays: no epsilon.
-    _third("noise with angles of eight bits", noise_rule(_coarse_angles)),
+    _third("noise with angles of eight bits", noise_rule(coarse_angles)),
     # The sum of all coordinates leaves without noise: no epsilon.
-    _third("noise whose sum is zero", noise_rule(_centred)),
+    _third("noise whose sum is zero", noise_rule(centred)),
     # The noise points where the patient does: 15, 28; 5.6, 16.
-    _third("the better of two noises", noise_rule(_better_of_two)),
+    _third("the better of two noises", noise_rule(better_of_two)),
     # The size of the clean sum can be solved for: no epsilon.
-    _third("noise only across the gradient", noise_rule(_across_alone)),
+    _third("noise only across the gradient", noise_rule(across_alone)),
     # The server subtracts the noise: no epsilon against it.
-    _third("the stream of the round's descriptor", _stream_of_the_descriptor),
+    _third("the stream of the round's descriptor", stream_of_the_descriptor),
     # The published sum has no noise: no epsilon.
-    _third("sites' noise cancels in pairs", _cancelling),
+    _third("sites' noise cancels in pairs", cancelling),
     # That patient may be in any number of studies: no cap holds.
     _third("one patient on no charge", _one_on_no_charge),
     # Less noise: 1.27, 9.4; 1.28, 9.7.
