@@ -30,7 +30,7 @@ from simulations.audits.implementation import FIRST
 from simulations.audits.measure import Check
 from simulations.audits.own_state_probes import control_checks, own_layer_checks
 from simulations.audits.regimes import Effort, Setting, setting_of
-from simulations.audits.sampling_probes import Decoded, _along, _untied
+from simulations.audits.sampling_probes import Decoded, _along, untied
 from simulations.audits.site_probe import (
     ProbedSite,
     missing_on_charges,
@@ -93,7 +93,7 @@ def test_noise_that_grows_with_a_patients_draws_is_seen(rng: np.random.Generator
     nobody = np.zeros((240, 4), dtype=np.int64)
     for tie, low, high in ((0.0, FIRST, 1.0), (0.5, 0.0, FAR)):
         rest = rng.chisquare(16, 240) / 16 + tie * drawn[:, 3]
-        found = _untied(Decoded(drawn, np.ones(15), rest, 16, rest, nobody), "")
+        found = untied(Decoded(drawn, np.ones(15), rest, 16, rest[:, None], rest, nobody), "")
         assert low <= _least([found]) <= high
 
 
@@ -105,7 +105,7 @@ def test_noise_that_spares_the_sum_or_points_along_it_is_seen(rng: np.random.Gen
         (0.5 * normal[0], 0.0, FAR),
         (np.maximum(*normal), 0.0, FAR),
     ):
-        found = _along(Decoded(drawn, np.ones(3), normal[1], 16, along, nobody), "")
+        found = _along(Decoded(drawn, np.ones(3), normal[1], 16, normal.T, along, nobody), "")
         assert low <= _least([found]) <= high
 
 

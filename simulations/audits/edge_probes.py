@@ -16,6 +16,7 @@ from simulations.audits.canaries import kinds, live_start, repeated, saturated_s
 from simulations.audits.expected_release import site_noise
 from simulations.audits.measure import Check, Floats, scale_p, smallest
 from simulations.audits.regimes import Setting, draw_run, kept_coordinates
+from simulations.audits.sampling_probes import untied
 from simulations.audits.site_probe import AUDITED, ProbedSite, changed, write_probed_sites
 
 MOST_SITES = 6
@@ -36,7 +37,7 @@ def edge_checks(setting: Setting) -> list[Check]:
     """Every check of this file."""
     checks = [*_other_sites(setting), *_keys(setting), _first_and_last(setting)]
     if setting.rate < 1:
-        checks.append(_empty_draws(setting))
+        checks += _few_patients(setting)
     return checks
 
 
@@ -135,20 +136,26 @@ def _keys(setting: Setting) -> list[Check]:
     ]  # fmt: skip
 
 
-def _empty_draws(setting: Setting) -> Check:
-    """With few patients a draw often holds nobody; such a step is released like any other."""
+def _few_patients(setting: Setting) -> list[Check]:
+    """With few patients a draw often holds nobody; such a step is released like any other.
+
+    And few hide little of the noise, which must not tell who they were.
+    """
     few = max(1, math.ceil(math.log(FEW) / math.log(1 - setting.rate)))
     seen = draw_run(setting, setting.rate, most=few)
     count = len(seen.canaries.norms)
     drawn = np.rint(seen.decoded.parts).sum(axis=1)
     empty, chance = int(np.sum(drawn == 0)), (1 - setting.rate) ** count
-    return Check(
-        "empty-draws",
-        "a draw that holds nobody is a step like any other",
-        f"draws without anybody over those expected, with {count} patients",
-        float(stats.binomtest(empty, len(drawn), chance).pvalue),
-        empty / (chance * len(drawn)), 1.0,
-    )  # fmt: skip
+    return [
+        Check(
+            "empty-draws",
+            "a draw that holds nobody is a step like any other",
+            f"draws without anybody over those expected, with {count} patients",
+            float(stats.binomtest(empty, len(drawn), chance).pvalue),
+            empty / (chance * len(drawn)), 1.0,
+        ),
+        untied(seen.decoded, "few-"),
+    ]  # fmt: skip
 
 
 def granularity_check(values: Floats, deviation: float, grid: float) -> Check:

@@ -253,8 +253,8 @@ THIRD = (
     _third("one patient always in", sampling(one_always_in)),
     # The neighbours' gradients betray the draw: 1.27, 12.2; 2.1, 15.4.
     _third("32 neighbours share a draw", sampling(block_shares_a_draw)),
-    # Large noise betrays the draw: a loss without bound
-    # with chance 0.68, 0.99; 0.58, 0.94 over the study.
+    # Large noise betrays the draw: in `local` a loss without bound with chance 0.68, 0.99 over the
+    # study; in `distributed` rejection shifts the words, and the loss was not computed.
     _third("draws and noise from the same words", draws_from_the_noise),
     # A patient moves up to 1.41 C: 1.5, 12.8; 1.5, 14.1.
     _third("the norm forgets the bias", clip_rule(norm_without_the_last)),

@@ -28,6 +28,7 @@ SLACK = 2e-3
 """Of a patient's part: float32 and the ring's rounding may move it so far."""
 
 ENERGY_SLACK = 0.03
+MOST_APART = 128
 ALONG_SLACK = 0.1
 """Of a deviation of turned down noise: rounding may shift the noise along a sum so far."""
 
@@ -41,6 +42,7 @@ class Decoded:
         deviations: Standard deviation that the noise gives each part, (patients,).
         rest: Mean square, over the noise's, of what no patient explains, (releases,).
         spare: Dimensions of that rest.
+        apart: What no patient explains, by coordinate, of at most `MOST_APART` coordinates.
         along: The noise along the sum of who took part, over its deviation; (releases with any,).
         labels: (site, run, process, time) of each release.
     """
@@ -49,6 +51,7 @@ class Decoded:
     deviations: Floats
     rest: Floats
     spare: int
+    apart: Floats
     along: Floats
     labels: NDArray[np.int64]
 
@@ -80,7 +83,10 @@ def decode(
     size = np.linalg.norm(clean, axis=1)
     some = size > noise
     along = np.sum((sums[some] - clean[some]) * clean[some], axis=1) / (size[some] * noise)
-    return Decoded(parts, deviations, rest, spare, along, labels)
+    columns = np.unique(np.linspace(0, sums.shape[1] - 1, MOST_APART // 2).astype(int))
+    columns = np.union1d(columns, np.arange(min(sums.shape[1], MOST_APART // 2)))
+    apart = sums[:, columns].astype(np.float64) - inside @ basis[columns].T
+    return Decoded(parts, deviations, rest, spare, apart, along, labels)
 
 
 def contribution_checks(d: Decoded, canaries: Canaries, prefix: str = "") -> list[Check]:
@@ -89,7 +95,7 @@ def contribution_checks(d: Decoded, canaries: Canaries, prefix: str = "") -> lis
         _whole(d, canaries, prefix),
         _largest(d, canaries, prefix),
         _unexplained(d, prefix),
-        _untied(d, prefix),
+        untied(d, prefix),
         _along(d, prefix),
     ]
 
@@ -169,21 +175,22 @@ def _unexplained(d: Decoded, prefix: str) -> Check:
     )
 
 
-def _untied(d: Decoded, prefix: str) -> Check:
-    """Who is drawn does not show in the noise: neither each patient, nor how many."""
+def untied(d: Decoded, prefix: str) -> Check:
+    """Who is drawn does not show in the noise: not each patient, nor how many, in no coordinate."""
     name, claim = f"{prefix}noise-independent-of-draws", "the noise tells nothing of who was drawn"
     if d.spare < 1 or len(d.rest) < 2:
         return Check(name, claim, "", None)
-    rank = stats.rankdata(d.rest)
-    drawn = np.column_stack([d.drawn, stats.rankdata(d.drawn.sum(axis=1))])
-    drawn = drawn[:, np.ptp(drawn, axis=0) > 0]
-    rank, drawn = (v - v.mean(axis=0) for v in (rank, drawn))
-    lengths = np.linalg.norm(drawn, axis=0) * np.linalg.norm(rank)
-    r = rank @ drawn / np.maximum(lengths, 1e-300)
+    noise = np.column_stack([d.rest, np.abs(d.apart)])
+    drawn = np.column_stack([d.drawn, d.drawn.sum(axis=1)])
+    ranks = [stats.rankdata(v, axis=0) for v in (noise, drawn)]
+    noise, drawn = (v - v.mean(axis=0) for v in ranks)
+    lengths = [np.maximum(np.linalg.norm(v, axis=0), 1e-9) for v in (noise, drawn)]
+    r = (noise / lengths[0]).T @ (drawn / lengths[1])
+    ps = two_sided_all(r * math.sqrt(len(noise) - 1))
     return Check(
         name, claim,
-        "largest rank correlation of the noise's energy with a patient's draws or their number",
-        smallest(two_sided_all(r * math.sqrt(len(rank) - 1))),
+        "largest rank correlation of the noise's size with a patient's draws or their number",
+        smallest([smallest(ps[0]), smallest(ps.reshape(-1))]),
         float(np.abs(r).max(initial=0.0)), 0.0,
     )  # fmt: skip
 
