@@ -68,7 +68,8 @@ class ImagePlan:
     weights' file, in torchvision's layout, `weights_sha256` pins (shared/pretrained.py).
     `trainable` says how much of that network the study trains on: "head" nothing of it, only what
     is put on top; "last-stage" its fourth stage, by the model of the network's name, on maps that
-    are computed once; "all" the whole of it, from the pixels.
+    are computed once; "all" the whole of it, from the pixels. With `model.lora` that part stays
+    frozen, too, and low-rank additions to it are trained.
     """
 
     channels: int
