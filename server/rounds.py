@@ -389,26 +389,46 @@ class Study:
                 continue
 
     def _recheck(self) -> bytes:
-        """Let the last sum be recomputed, as every other was along with the next round."""
+        """Let the last sum be recomputed, as every other was along with the next round.
+
+        What a site leaves undone, because it has died or will not, the others are asked for.
+
+        Raises:
+            CohortError: those who are left are too few.
+        """
+        among: Collection[str] = tuple(self._at.sites)
+        while True:
+            able = self._ask_to_recheck(among)
+            if not self._relay.unchecked or not able or len(able) == len(among):
+                break
+            among = able
+        self._witness().attestations(self._relay.attestations)
+        return self._relay.settlement()
+
+    def _ask_to_recheck(self, among: Collection[str]) -> tuple[str, ...]:
+        """Who of these did what it was asked for."""
+        packages = {name: self._relay.recheck_packages(name, among) for name in among}
         requests = {
             name: encode(
                 RecheckRequest(
                     run_id=self.run_id,
-                    results=self._at.results_since(site.seen),
-                    packages=self._relay.recheck_packages(name),
+                    results=self._at.results_since(self._at.sites[name].seen),
+                    packages=packages[name],
                 )
             )
-            for name, site in self._at.sites.items()
+            for name in among
         }
+        able = []
         for name, reply in self.transport.exchange("recheck", requests, self._timeout_s).items():
             try:
-                for attestation in decode(Rechecked, reply).attestations:
-                    self._relay.add_recheck(name, attestation)
+                done = decode(Rechecked, reply).attestations
             except ProtocolError:
                 continue
             self._at.sites[name].seen = self._at.published
-        self._witness().attestations(self._relay.attestations)
-        return self._relay.settlement()
+            took = [self._relay.add_recheck(name, attestation) for attestation in done]
+            if len(took) == len(packages[name]) and all(took):
+                able.append(name)
+        return tuple(able)
 
     def _finish(self) -> dict[str, SignedReceipt]:
         """Settle the last sum; collect signed receipts over one model."""

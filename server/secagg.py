@@ -28,7 +28,7 @@ A reply that is refused raises an error that names the site; the round goes on w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated
@@ -230,28 +230,40 @@ class Relay:
         readable = "".join(c for c in reason if c.isascii() and c.isprintable())
         return encode(Abort(ended.descriptor, readable[:MAX_REASON_BYTES]))
 
-    def recheck_packages(self, name: str) -> tuple[bytes, ...]:
+    @property
+    def unchecked(self) -> bool:
+        """Whether too few sites have recomputed the last published sum so far."""
+        return self._rechecks is not None and not self._rechecks.complete
+
+    def recheck_packages(self, name: str, among: Collection[str] = ()) -> tuple[bytes, ...]:
         """What one site is to recompute apart from a round's R0; empty when nothing is missing.
 
-        In a round: the sites whose vectors came, once they all came. After the last: all sites.
+        In a round: the sites whose vectors came, once they all came. After the last: the sites of
+        `among`, or all.
         """
         rechecks = self._rechecks
-        if rechecks is None or rechecks.complete:
+        if rechecks is None or not self.unchecked:
             return ()
-        present = self._round.received if self._round else self.session.names
+        present = self._round.received if self._round else among or self.session.names
         if self._round is not None and not present:
             return ()
         chunks = rechecks.assign(present, 0).get(name)
         return (rechecks.package(chunks),) if chunks else ()
 
-    def add_recheck(self, name: str, reply: bytes) -> None:
-        """Take a site's attestation; a bad one is noted among the faults and counts for nothing."""
+    def add_recheck(self, name: str, reply: bytes) -> bool:
+        """Take a site's attestation; a bad one is noted among the faults and counts for nothing.
+
+        Returns:
+            Whether it was a good one.
+        """
         try:
             if self._rechecks is None:
                 raise ProtocolError(f"{name}: no sum waits for a recheck")
             self._rechecks.add(name, reply)
         except ProtocolError as error:
             self.faults.append(f"recheck: {error}")
+            return False
+        return True
 
     def settlement(self) -> bytes:
         """After the last round, for `Member.settle`: who rechecked the last sum.

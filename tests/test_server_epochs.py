@@ -114,6 +114,33 @@ def test_a_site_that_vanishes_in_the_set_up_does_not_stop_the_others(hospitals: 
     assert "county" in outcome.reports[-1].contributors
 
 
+@pytest.mark.parametrize("answers", [True, False], ids=["answer lost", "not reached"])
+@pytest.mark.parametrize("gone", [("county",), ("city", "county")], ids=len)
+def test_what_a_site_leaves_of_the_last_recheck_the_others_do(
+    hospitals: Build, gone: tuple[str, ...], answers: bool
+) -> None:
+    study = hospitals("training.rounds=1")
+    lost = Direction.TO_SERVER if answers else Direction.TO_SITE
+
+    def hook(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
+        cut = site in gone and action == "query.recheck" and direction is lost
+        return Delivery(() if cut else (body,))
+
+    study.serve(hook)
+    assert study.outcome is not None
+    assert set(study.outcome.receipts) == set(study.roster)
+
+
+def test_one_site_cannot_recheck_the_last_sum_alone(hospitals: Build) -> None:
+    study = hospitals("training.rounds=1")
+
+    def hook(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
+        return Delivery(() if site != "city" and action == "query.recheck" else (body,))
+
+    with pytest.raises(CohortError, match="recheck"):
+        study.serve(hook)
+
+
 @pytest.mark.slow
 def test_a_server_killed_while_an_epoch_begins_goes_on(hospitals: Build) -> None:
     undisturbed = hospitals("training.rounds=3")
