@@ -2,7 +2,7 @@
 
 One project with four sites is started once, and everything here happens to it: a study, a site
 that is killed and comes back, a SuperLink that is killed, a changed bundle, a stranger, and
-whatever the outside may try.
+whatever the outside may try. `make fault-matrix` plays all the rest.
 """
 
 from __future__ import annotations
@@ -237,22 +237,3 @@ def _own_address() -> str:
             return str(probe.getsockname()[0])
         except OSError:
             pytest.skip("this machine has no address besides loopback")
-
-
-def test_a_study_goes_on_after_its_serverapp_was_killed(live: Deployment) -> None:
-    live.approve()
-    process = live.run(str(live.plan_file))
-    wait_for("the second round", lambda: len(live.rounds()) >= 2)
-    run, status = live.latest_run(), live.status()
-    os.kill(status["pid"], signal.SIGKILL)
-    assert process.popen.wait(120) == 1, process.text
-    assert f"run --resume {run.name}" in process.text
-    resumed = finish(live, live.run("--resume", run.name))
-    assert live.latest_run() == run
-    trained = {r["model_round"] for r in resumed if r["trained"] and not r["aborted"]}
-    assert trained == set(range(ROUNDS))
-    assert live.status()["sha256"] == in_process(live, run.name)
-    results = json.loads((run / "results.json").read_text())
-    assert {s["steps"] for s in results["privacy"]["sites"].values()} == {
-        5 * len({r["round"] for r in resumed if r["trained"]})
-    }

@@ -200,7 +200,9 @@ def test_a_site_that_the_heart_data_does_not_have(heart_folder: Path) -> None:
 
 
 def test_breastmnist_keeps_the_official_test_part(breastmnist_folder: Path) -> None:
-    scenario = load_scenario("breastmnist", [f"simulation.folder={breastmnist_folder}"])
+    scenario = load_scenario(
+        "breastmnist", [f"simulation.folder={breastmnist_folder}", "task.image.features=pixels"]
+    )
     hospitals = loaded(scenario)
     assert_patients_apart(hospitals)
     assert [h.train.patient_count for h in hospitals] == [200, 160, 120, 66]
