@@ -31,6 +31,7 @@ NAMES = (
     "heart_trees",
     "indo_rct",
     "nodules",
+    "nodules_6000",
     "statistics",
     "tcga_brca",
 )
