@@ -30,7 +30,6 @@ FIRST = (
     "test_simulations_audits_implementation.py",
     "test_shared_models_trees.py",
     "test_simulations_rows.py",
-    "test_simulations_run.py",
     "test_simulations_sweep.py",
 )
 
