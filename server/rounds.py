@@ -407,17 +407,17 @@ class Study:
 
     def _ask_to_recheck(self, among: Collection[str]) -> tuple[str, ...]:
         """Who of these did what it was asked for."""
-        packages = {name: self._relay.recheck_packages(name, among) for name in among}
-        requests = {
-            name: encode(
+        requests, asked = dict[str, bytes](), dict[str, int]()
+        for name in among:
+            packages = self._relay.recheck_packages(name, among)
+            asked[name] = len(packages)
+            requests[name] = encode(
                 RecheckRequest(
                     run_id=self.run_id,
                     results=self._at.results_since(self._at.sites[name].seen),
-                    packages=packages[name],
+                    packages=packages,
                 )
             )
-            for name in among
-        }
         able = []
         for name, reply in self.transport.exchange("recheck", requests, self._timeout_s).items():
             try:
@@ -426,7 +426,7 @@ class Study:
                 continue
             self._at.sites[name].seen = self._at.published
             took = [self._relay.add_recheck(name, attestation) for attestation in done]
-            if len(took) == len(packages[name]) and all(took):
+            if len(took) == asked[name] and all(took):
                 able.append(name)
         return tuple(able)
 

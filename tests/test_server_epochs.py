@@ -13,9 +13,7 @@ from client.app import forget_sites
 from server.evidence import along
 from shared.errors import CohortError
 from shared.messages import decode
-from shared.study import (
-    Receipt,
-)
+from shared.study import Receipt, RecheckRequest
 from simulations.audits.verify import verify
 from simulations.grid import Delivery, Direction, FaultHook
 from simulations.run import RunOptions, execute, prepare
@@ -115,18 +113,25 @@ def test_a_site_that_vanishes_in_the_set_up_does_not_stop_the_others(hospitals: 
 
 
 @pytest.mark.parametrize("answers", [True, False], ids=["answer lost", "not reached"])
-@pytest.mark.parametrize("gone", [("county",), ("city", "county")], ids=len)
+@pytest.mark.parametrize("count", [1, 2])
 def test_what_a_site_leaves_of_the_last_recheck_the_others_do(
-    hospitals: Build, gone: tuple[str, ...], answers: bool
+    hospitals: Build, count: int, answers: bool
 ) -> None:
+    """The sites that are asked first, 1 or 2, never answer."""
     study = hospitals("training.rounds=1")
     lost = Direction.TO_SERVER if answers else Direction.TO_SITE
+    gone: set[str] = set()
 
     def hook(site: str, action: str, direction: Direction, body: bytes) -> Delivery:
-        cut = site in gone and action == "query.recheck" and direction is lost
-        return Delivery(() if cut else (body,))
+        if action != "query.recheck":
+            return Delivery((body,))
+        asked = direction is Direction.TO_SITE and decode(RecheckRequest, body).packages
+        if asked and len(gone) < count:
+            gone.add(site)
+        return Delivery(() if site in gone and direction is lost else (body,))
 
     study.serve(hook)
+    assert len(gone) == count
     assert study.outcome is not None
     assert set(study.outcome.receipts) == set(study.roster)
 
