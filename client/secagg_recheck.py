@@ -6,8 +6,6 @@ import dataclasses
 import hmac
 from collections.abc import Iterable
 
-import numpy as np
-
 from client.secagg_state import LAST_SUM, PROGRESS, LastSum, Progress, Site
 from shared.errors import ProtocolError
 from shared.messages import decode, encode
@@ -72,7 +70,7 @@ def _recompute(site: Site, last: LastSum, pieces: Pieces, masks: MaskKeys) -> No
     if len(pieces.pieces) != len(last.contributions):
         raise ProtocolError(f"chunk {pieces.number} is not given for every contributor")
     start = pieces.number * session.chunk
-    total = np.zeros(max(0, min(session.chunk, session.length - start)), np.uint32)
+    total = ring.zeros(max(0, min(session.chunk, session.length - start)))
     where = {
         "index": pieces.number,
         "size": session.vector_bytes,

@@ -66,7 +66,7 @@ class RelayRound:
         self._session = session
         self._batch = batch
         self._inputs_open = True
-        self._sum = np.zeros(session.length, np.uint32)
+        self._sum = session.ring.zeros(session.length)
         self._wires: dict[str, bytes] = {}
         self._trees: dict[str, merkle.Tree] = {}
         self._contributions: dict[str, Contribution] = {}
@@ -266,9 +266,10 @@ class RelayRound:
             self._session, self.digest, self.contributors, self._self_keys, dropped
         )
         # Unmasking twice would be wrong; the sum is not needed with masks any more.
-        self.total, self._sum = self._sum, np.zeros(0, np.uint32)
         session = self._session
-        add_masks(self.total, plus, minus, session.bits, threads=threads, prg=session.prg)
+        summed, self._sum = self._sum, session.ring.zeros(0)
+        add_masks(summed, plus, minus, session.bits, threads=threads, prg=session.prg)
+        self.total = summed.astype(np.uint32, copy=False)
         return self.total
 
     def result(self) -> tuple[bytes, bytes]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shared.errors import ConfigError, ProtocolError
+from shared.secagg.masking import add_masks
 from shared.secagg.prg import CHUNK
 from shared.secagg.ring import Quantised, Ring
 
@@ -171,7 +172,24 @@ def test_wire_bytes_come_back(ring, length, seed) -> None:
     np.testing.assert_array_equal(ring.from_wire(wire, length), vector)
     total = vector.copy()
     ring.add_wire(total, wire)
-    np.testing.assert_array_equal(total, 2 * vector & ring.modulus_mask)
+    np.testing.assert_array_equal(total & ring.modulus_mask, 2 * vector & ring.modulus_mask)
+
+
+@pytest.mark.parametrize("bits", [16, 24, 32])
+@pytest.mark.parametrize("length", [0, 1, CHUNK + 3])
+def test_a_running_sum_of_255_sites_is_the_sum_of_their_integers(bits, length) -> None:
+    ring = Ring(bits, 255)
+    vector = np.random.default_rng(bits).integers(0, 1 << bits, length, np.uint64)
+    wire = ring.to_wire(vector.astype(np.uint32))
+    narrow, wide = ring.zeros(length), np.zeros(length, np.uint32)
+    keys = [bytes([number]) * 32 for number in range(3)]
+    for total in (narrow, wide):
+        for _ in range(255):
+            ring.add_wire(total, wire)
+        add_masks(total, keys, keys[:1], bits)
+        add_masks(total, [], keys[1:], bits)
+        np.testing.assert_array_equal(total, 255 * vector & int(ring.modulus_mask))
+    assert narrow.itemsize == (2 if bits == 16 else 4)
 
 
 @pytest.mark.parametrize(

@@ -14,14 +14,14 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ConfigError
 from shared.secagg.prg import CHUNK, Keystream, Prg
-from shared.secagg.ring import Reader, RingVector
+from shared.secagg.ring import Reader, RingVector, RunningSum
 from shared.secagg.wire import pack
 
 
@@ -37,7 +37,7 @@ class Source(Protocol):
 
 
 def add_masks(
-    accumulator: RingVector,
+    accumulator: RunningSum,
     plus: Sequence[bytes],
     minus: Sequence[bytes],
     bits: int,
@@ -50,7 +50,8 @@ def add_masks(
     """Add the masks of `plus` and subtract those of `minus` modulo 2^bits, in place.
 
     Args:
-        accumulator: uint32, shape (d,), C-contiguous; ends below 2^bits.
+        accumulator: uint32, shape (d,), C-contiguous; ends below 2^bits. Without a source it may be
+            `Ring.zeros`, uint16 in a ring of 16 bits.
         plus, minus: 32-byte keys; one mask each.
         bits: 16, 24 or 32.
         source: If given, its coordinates replace what the accumulator held.
@@ -71,7 +72,7 @@ def add_masks(
         for begin in range(start, stop, CHUNK):
             part = accumulator[begin : min(begin + CHUNK, stop)]
             if read is not None:
-                read(part)
+                read(cast(RingVector, part))
             masks.add_to(part)
             if bits == 24:
                 part &= modulus_mask
@@ -166,9 +167,9 @@ class _Masks:
         self._mask = np.empty(CHUNK, word)
         self._narrow = np.empty(CHUNK, np.uint16) if bits == 16 else None
 
-    def add_to(self, part: RingVector) -> None:
+    def add_to(self, part: RunningSum) -> None:
         """Add the next words of all masks; of a 24-bit ring the top byte is left undefined."""
-        if self._narrow is None:
+        if self._narrow is None or part.dtype == self._narrow.dtype:
             self._add(part)
             return
         narrow = self._narrow[: len(part)]

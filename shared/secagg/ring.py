@@ -17,6 +17,7 @@ from shared.secagg.prg import CHUNK, Keystream
 from shared.secagg.wire import pack, unpack
 
 RingVector = npt.NDArray[np.uint32]
+RunningSum = npt.NDArray[np.uint16 | np.uint32]
 RealVector = npt.NDArray[np.float32]
 Counts = npt.NDArray[np.int64]
 Buffer = bytes | bytearray | memoryview
@@ -59,6 +60,12 @@ class Ring:
     def modulus_mask(self) -> np.uint32:
         """2^bits - 1: all ones below the modulus."""
         return np.uint32((1 << self.bits) - 1)
+
+    def zeros(self, length: int) -> RunningSum:
+        """An empty sum for `add_wire`, (length,): uint16 in a ring of 16 bits, else uint32."""
+        if self.bits == 16:
+            return np.zeros(length, np.uint16)
+        return np.zeros(length, np.uint32)
 
     def quantise(
         self, values: RealVector, *, clip_range: float, key: bytes, weight: float = 1.0
@@ -149,8 +156,8 @@ class Ring:
             raise ProtocolError(f"a summed count is above {self.sites} sites times {max_count}")
         return counts
 
-    def to_wire(self, vector: RingVector) -> bytes:
-        """Pack uint32 (d,) into bits/8 bytes each, little endian."""
+    def to_wire(self, vector: RunningSum) -> bytes:
+        """Pack integers (d,) into bits/8 bytes each, little endian."""
         size = self.bits // 8
         out = np.empty(len(vector) * size, np.uint8)
         for start in range(0, len(vector), CHUNK):
@@ -166,10 +173,14 @@ class Ring:
         """
         out = np.zeros(length, np.uint32)
         self.add_wire(out, wire)
+        out &= self.modulus_mask
         return out
 
-    def add_wire(self, total: RingVector, wire: Buffer) -> None:
-        """Add a packed vector to `total`, uint32 (d,), in place and modulo 2^bits.
+    def add_wire(self, total: RunningSum, wire: Buffer) -> None:
+        """Add a packed vector to `total`, (d,), in place and modulo 2^bits.
+
+        Above `bits` the words of `total` may hold anything, until `add_masks` has taken the masks
+        off. Fastest on `zeros`.
 
         Raises:
             ProtocolError: not exactly d * bits / 8 bytes.
@@ -177,15 +188,17 @@ class Ring:
         size = self.bits // 8
         if len(wire) != len(total) * size:
             raise ProtocolError(f"masked vector has {len(wire)} bytes, not {len(total)} x {size}")
-        scratch = np.empty(CHUNK, np.uint32)
         packed = np.frombuffer(wire, np.uint8)
+        scratch = np.empty(CHUNK, np.uint32)
         for start in range(0, len(total), CHUNK):
             part = total[start : start + CHUNK]
+            cells = packed[start * size : (start + len(part)) * size]
+            if part.itemsize == size:
+                part += cells.view(f"<u{size}")
+                continue
             words = scratch[: len(part)]
-            unpack(packed[start * size : (start + len(part)) * size], words, self.bits)
+            unpack(cells, words, self.bits)
             part += words
-            if self.bits < 32:
-                part &= self.modulus_mask
 
     def _digit_shifts(self, max_count: int) -> Counts:
         if not 0 < max_count * self.sites < 1 << 62:

@@ -108,11 +108,11 @@ def fedward(
     wires = masked_wire(VectorSource(unmasked), [self_keys[0]], [], bits, prg=prg)
 
     def server(own_keys: list[bytes] = self_keys) -> RealVector:
-        total = np.zeros(len(values), np.uint32)
+        total = ring.zeros(len(values))
         for _ in range(sites):
             ring.add_wire(total, wires)
         add_masks(total, [], own_keys, bits, prg=prg)
-        return ring.dequantise(total, clip_range=CLIP)
+        return ring.dequantise(total.astype(np.uint32, copy=False), clip_range=CLIP)
 
     # Every site sends the same bytes here, so the same key opens each.
     error = np.abs(server([self_keys[0]] * sites) - sites * 0.5 * values).max()
