@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.serverapp import ServerApp
 
 from client.app import forget_sites
 from client.data.dataset import PatientDataset
@@ -36,6 +37,22 @@ class Sites:
             settings = folder / "site.toml"
             settings.write_text(settings.read_text().replace("journal = false", "journal = true"))
 
+    def app(
+        self,
+        run_id: str,
+        outcomes: list[StudyOutcome],
+        observer: Observer = lambda report: None,
+    ) -> ServerApp:
+        """The study's ServerApp, which leaves its outcome in a list."""
+        return make_server_app(
+            self.plan,
+            run_id,
+            self.roster,
+            observer=observer,
+            finished=lambda outcome, transport: outcomes.append(outcome),
+            poll_s=0.01,
+        )
+
     def study(
         self,
         run_id: str,
@@ -45,14 +62,7 @@ class Sites:
     ) -> StudyOutcome:
         """Run the study to its end."""
         outcomes: list[StudyOutcome] = []
-        app = make_server_app(
-            self.plan,
-            run_id,
-            self.roster,
-            observer=observer,
-            finished=lambda outcome, transport: outcomes.append(outcome),
-            poll_s=0.01,
-        )
+        app = self.app(run_id, outcomes, observer)
         try:
             run_in_process(app, self.folders, faults)
         finally:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import ray_studies
+from ray_studies import ENDS, FEDAVG, KEEPING, RUN, ends, sites_of
 from safetensors.numpy import load_file
 
+import client
 from server.results import read_results
 from shared import plan as plans
 from shared.evidence import RECORD_FILE, DealsSeen, EpochOpened, RoundEnded, read_record_file
@@ -194,15 +198,37 @@ def test_receipts_verify_under_the_sites_identities_only() -> None:
             verify(public, context, payload, signature, who="a")
 
 
-@pytest.mark.slow
-def test_the_ray_engine_ends_with_the_very_same_model(run_folder: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def on_ray(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, str]]]:
     """In a process of its own, as a user starts it: Ray's daemons outlive a call within one."""
-    out = tmp_path / "ray"
-    command = [sys.executable, "-m", "simulations.cli", "run", "--engine", "ray"]
-    done = subprocess.run(
-        [*command, "--out", str(out), *QUICK], capture_output=True, text=True, check=False
-    )
+    folder = tmp_path_factory.mktemp("ray")
+    command = [sys.executable, ray_studies.__file__, str(folder), "--out", str(folder / "out")]
+    root = {**os.environ, "PYTHONPATH": str(Path(client.__file__).parents[1])}
+    done = subprocess.run([*command, *QUICK], env=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    first, ray = load_file(run_folder / "model.safetensors"), load_file(out / "model.safetensors")
+    return folder / "out", json.loads((folder / ENDS).read_text())
+
+
+@pytest.mark.slow
+def test_the_ray_engine_ends_with_the_very_same_model(
+    run_folder: Path, on_ray: tuple[Path, dict[str, dict[str, str]]]
+) -> None:
+    first, ray = (load_file(f / "model.safetensors") for f in (run_folder, on_ray[0]))
     for name, tensor in first.items():
         np.testing.assert_array_equal(ray[name], tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KEEPING)
+def test_what_sites_keep_between_rounds_is_kept_on_ray(
+    name: str, on_ray: tuple[Path, dict[str, dict[str, str]]], tmp_path: Path
+) -> None:
+    """There each message may reach another process; and what is kept is used."""
+    sites = sites_of(KEEPING[name], tmp_path / "with")
+    here = ends(sites, sites.study(RUN))
+    assert on_ray[1][name] == here
+    heads = {here[site] for site in sites.plan.cohort.names if site in here}
+    assert len(heads) == 4 * (name == "own head")
+    if name == "SCAFFOLD":
+        plain = sites_of(FEDAVG, tmp_path / "without")
+        assert ends(plain, plain.study(RUN))["model"] != here["model"]
