@@ -4,30 +4,30 @@ Flower would run whatever bundle the SuperLink offers. Here a bundle is refused 
 is that of the installed version's own (shared/bundle.py), and even then nothing is unpacked: the
 worker (client/worker.py) runs the installed package. A reply is announced anew where a part of it
 was not taken (client/delivery.py), and a message of which nothing more comes is given up. The hooks
-belong to Flower 1.41; `check_hooks` refuses to start on a Flower where they are not what they were.
+belong to Flower 1.41; client/hooks.py refuses to start on a Flower where they are not what they
+were. Once a message is there, the worker is told (client/bell.py).
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import inspect
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import flwr
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError, ObjectUnavailableError
 from flwr.supercore.run import RunNotRunningException
 
+from client.bell import Bell
 from client.delivery import Delivery
+from client.hooks import check_hooks
 from client.pace import Pace
 from shared.bundle import bundle_sha256
-from shared.errors import ConfigError
 
-FLOWER = "1.41."
 BUSY_S, IDLE_S, LONGEST_S = 0.25, 2.0, 10.0
 """How often the SuperNode asks the server; see client/pace.py. 10 s come after ten minutes."""
 PARTS_S = 20.0
@@ -37,74 +37,20 @@ _FLOWER_IDLE_S = 3.0
 _LOG = logging.getLogger("flwr.fedward")
 
 _INTERNAL = "flwr.supernode.start_client_internal"
-_SIGNATURES = {
-    "_verify_fab": ("fab", "trusted_entities"),
-    "_pull_and_store_message": (
-        "state",
-        "object_store",
-        "node_config",
-        "receive",
-        "get_run",
-        "get_fab",
-        "pull_object",
-        "confirm_message_received",
-        "trusted_entities",
-    ),
-    "_init_connection": (
-        "server_address",
-        "insecure",
-        "root_certificates",
-        "authentication_keys",
-        "max_retries",
-        "max_wait_time",
-    ),
-    "_push_messages": ("state", "object_store", "send", "push_object"),
-}
-_SOURCES = {
-    "start_client_internal": ("trusted_entities=trusted_entities", "time.sleep(3)"),
-    "_pull_and_store_message": (
-        'fab.verifications.get("valid_license", "")',
-        "_verify_fab(fab, trusted_entities)",
-        "FAB_VERIFICATION_ERROR",
-        "state.store_fab(fab)",
-    ),
-    "_push_messages": ("time.sleep(0.5)", "= send(", "partial(push_object, run_id, session_id)"),
-}
 
 
-def check_hooks(version: str = flwr.__version__) -> Any:
-    """Flower's module, if everything that this file replaces is as it was in 1.41.
-
-    Raises:
-        ConfigError: another Flower; nothing may start, since bundles might not be checked.
-    """
-    internal = importlib.import_module(_INTERNAL)
-    wrong = [] if version.startswith(FLOWER) else [f"version {version}"]
-    for name, parameters in _SIGNATURES.items():
-        found = getattr(internal, name, None)
-        if found is None or tuple(inspect.signature(found).parameters) != parameters:
-            wrong.append(name)
-    for name, phrases in _SOURCES.items():
-        source = inspect.getsource(getattr(internal, name, check_hooks))
-        wrong += [name for phrase in phrases if phrase not in source]
-    if wrong:
-        raise ConfigError(
-            f"this Flower differs from {FLOWER}x in {', '.join(sorted(set(wrong)))}, where "
-            "Fedward checks the code that a server offers. Install the Flower that it pins."
-        )
-    return internal
-
-
-def install_hooks(expected_sha256: str) -> None:
+def install_hooks(expected_sha256: str, bell: Bell | None = None) -> None:
     """Let Flower's SuperNode in this process accept one bundle alone, ask more often, and deliver.
 
     Args:
         expected_sha256: 64 hex digits of the only bundle that may run.
+        bell: Rung once a message is there for the worker.
 
     Raises:
         ConfigError: see `check_hooks`.
     """
-    internal = check_hooks()
+    check_hooks()
+    internal: Any = importlib.import_module(_INTERNAL)
     internal._init_connection = _adjusted(internal._init_connection)
     internal._verify_fab = _allow(expected_sha256)
     pull = internal._pull_and_store_message
@@ -118,7 +64,10 @@ def install_hooks(expected_sha256: str) -> None:
             "confirm_message_received": _ends_the_task(kwargs["confirm_message_received"]),
         }
         run_id: int | None = pull(**kwargs | changed)
-        asked.answered(run_id is not None)
+        if run_id is not None:
+            asked.answered()
+            if bell is not None:
+                bell.ring()
         return run_id
 
     internal._pull_and_store_message = pull_checked
@@ -214,9 +163,8 @@ class _Waiting:
     def __init__(self) -> None:
         self._pace = Pace(BUSY_S, IDLE_S, LONGEST_S)
 
-    def answered(self, something: bool) -> None:
-        if something:
-            self._pace.answered()
+    def answered(self) -> None:
+        self._pace.answered()
 
     def sleep(self, seconds: float) -> None:
         """Wait for the next message, or 0.5 s in Flower for the worker's answer."""
@@ -228,7 +176,7 @@ class _Waiting:
 
 def supernode() -> None:
     """`flower-supernode` with the hooks; a process of its own."""
-    install_hooks(bundle_sha256())
+    install_hooks(bundle_sha256(), Bell.inherited(os.environ))
     from flwr.supernode.cli import flower_supernode  # noqa: PLC0415  # after the hooks
 
     flower_supernode()

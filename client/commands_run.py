@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from client.config import SiteFolder
+from client.up import health_file, up
 from shared.exposition import metrics_address
 from shared.supervise import log_to_terminal, read_health
 
@@ -31,8 +32,6 @@ def add_commands(commands: Commands[argparse.ArgumentParser]) -> None:
 
 
 def _up(arguments: argparse.Namespace) -> int:
-    from client.up import up  # noqa: PLC0415  # Flower takes seconds to import
-
     metrics = metrics_address(arguments.metrics) if arguments.metrics else None
     folder = SiteFolder(arguments.site)
     log_to_terminal()
@@ -48,8 +47,6 @@ def _up(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    from client.up import health_file  # noqa: PLC0415
-
     folder = SiteFolder(arguments.site)
     config = folder.config()
     health = read_health(health_file(folder))

@@ -14,9 +14,12 @@ from __future__ import annotations
 import json
 import os
 import secrets
+from contextlib import closing
 from pathlib import Path
 
+from client.bell import Bell
 from client.config import SiteFolder
+from client.hooks import check_hooks
 from client.site_metrics import site_metrics, tally_file
 from shared.errors import ConfigError
 from shared.exposition import serve_metrics
@@ -29,12 +32,13 @@ def health_file(folder: SiteFolder) -> Path:
     return folder.path / "health.json"
 
 
-def children(folder: SiteFolder, port: int) -> tuple[Child, ...]:
+def children(folder: SiteFolder, port: int, bell: Bell) -> tuple[Child, ...]:
     """The processes of `fedward-site up`.
 
     Args:
         folder: The site's.
         port: Where the SuperNode listens for the worker, on loopback.
+        bell: From the SuperNode to the worker.
     """
     config = folder.config()
     path, secret = folder.path.resolve(), str(_secret_file(folder).resolve())
@@ -49,10 +53,17 @@ def children(folder: SiteFolder, port: int) -> tuple[Child, ...]:
             *("--isolation", "process", "--superexec-auth-secret-file", secret),
             *("--node-config", f"state-dir={json.dumps(str(path))}"),
         ),
-        env=folder.network_environment(config),
+        env=folder.network_environment(config) | bell.environment,
+        descriptors=bell.descriptors,
     )
     tally = str(tally_file(folder).resolve())
-    worker = Child("worker", "client.worker:main", (f"{LOOPBACK}:{port}", secret, tally))
+    worker = Child(
+        "worker",
+        "client.worker:main",
+        (f"{LOOPBACK}:{port}", secret, tally),
+        env=bell.environment,
+        descriptors=bell.descriptors,
+    )
     return supernode, worker
 
 
@@ -68,11 +79,11 @@ def up(folder: SiteFolder, metrics: Address | None = None) -> None:
         PolicyError: policy.toml is missing or unusable.
     """
     _check(folder)
-    with alone(folder.path, "fedward-site up"):
+    with alone(folder.path, "fedward-site up"), closing(Bell.new()) as bell:
         env = environment(folder.path / "flower")
         _write_secret(_secret_file(folder))
         supervisor = Supervisor(
-            children(folder, free_port()),
+            children(folder, free_port(), bell),
             logs=folder.path / "logs",
             health=health_file(folder),
             env=env,
@@ -83,8 +94,6 @@ def up(folder: SiteFolder, metrics: Address | None = None) -> None:
 
 def _check(folder: SiteFolder) -> None:
     """Whatever the processes would stumble over again and again is said once, here."""
-    from client.bundle import check_hooks  # noqa: PLC0415  # Flower takes seconds to import
-
     config = folder.config()
     books = folder.books(config, folder.identity())
     try:

@@ -6,8 +6,8 @@ task, lets the *installed* ClientApp answer it, and asks again. What must outliv
 site's folder, so it may be killed at any time: the SuperNode then reports an error for the one
 message that it held, and the supervisor starts another.
 
-It uses inner parts of Flower 1.41 (named in the imports below); `check_hooks` in client/bundle.py
-refuses another Flower, and tests/test_deployment_core.py runs the worker against this one.
+It uses inner parts of Flower 1.41 (named in the imports below); client/hooks.py refuses another
+Flower, and tests/test_deployment_core.py runs the worker against this one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from flwr.supernode.runtime.run_clientapp import pull_task_input, push_message
 
 from client.app import app as client_app
 from client.app import forget_sites
-from client.pace import Pace
+from client.bell import Bell
 from client.site_metrics import Tally
 from shared.supervise import log_to_terminal
 
@@ -50,13 +50,15 @@ ACQUIRE = "/flwr.proto.Runtime/AcquireTask"
 INPUT_S = 300.0
 HEARTBEAT_S = 15.0
 """Flower gives a task up after 60 s without one."""
-BUSY_S, IDLE_S, LONGEST_S = 0.05, 0.5, 2.5
-"""How often it asks the SuperNode beside it; see client/pace.py."""
+ASK_S = 2.5
+"""How often it asks the SuperNode beside it where no bell rings; see client/bell.py."""
+AGAIN_S = 0.5
+"""After a SuperNode that does not answer."""
 
 _LOG = logging.getLogger("fedward.worker")
 
 
-def serve(address: str, secret: bytes, tally: Tally, stop: threading.Event) -> None:
+def serve(address: str, secret: bytes, tally: Tally, stop: threading.Event, bell: Bell) -> None:
     """Answer the SuperNode's tasks until `stop` is set.
 
     Args:
@@ -64,8 +66,8 @@ def serve(address: str, secret: bytes, tally: Tally, stop: threading.Event) -> N
         secret: Shared with that SuperNode; a process without it gets no task.
         tally: Counts the messages.
         stop: Checked between two messages.
+        bell: Rings when the SuperNode has a message.
     """
-    pace = Pace(BUSY_S, IDLE_S, LONGEST_S)
     with _client(address, SuperExecAuthHttpInterceptor(
         master_secret=secret, protected_methods=frozenset({ACQUIRE})
     )) as client:  # fmt: skip
@@ -73,9 +75,8 @@ def serve(address: str, secret: bytes, tally: Tally, stop: threading.Event) -> N
             token = _acquire(client)
             if token:
                 _answer(address, token, tally)
-                pace.answered()
             else:
-                stop.wait(pace.pause_s())
+                bell.wait(ASK_S)
 
 
 def _acquire(client: RuntimeHttpClient) -> str:
@@ -84,7 +85,7 @@ def _acquire(client: RuntimeHttpClient) -> str:
         return str(client.AcquireTask(request).token)
     except httpx.HTTPError as error:
         _LOG.info("the SuperNode does not answer yet (%s)", type(error).__name__)
-        time.sleep(IDLE_S)
+        time.sleep(AGAIN_S)
         return ""
 
 
@@ -186,4 +187,5 @@ def main() -> None:
     _warm_up()
     _LOG.info("ready")
     tally = Tally(Path(tally_file))
-    serve(address, Path(secret_file).read_bytes(), tally, threading.Event())
+    bell = Bell.inherited(os.environ) or Bell.new()
+    serve(address, Path(secret_file).read_bytes(), tally, threading.Event(), bell)

@@ -69,6 +69,8 @@ class Child:
         arguments: Of the command line that the function sees.
         env: Added to what every child inherits.
         unlogged: Lines with this text are not kept; "" keeps all.
+        descriptors: Open files of the supervisor that every such process gets, under the same
+            numbers.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Child:
     arguments: Sequence[str] = ()
     env: Mapping[str, str] = field(default_factory=dict)
     unlogged: str = ""
+    descriptors: Sequence[int] = ()
 
     @property
     def argv(self) -> list[str]:
@@ -229,6 +232,7 @@ class Supervisor:
             stderr=subprocess.STDOUT,
             env={**self._env, **child.env, SUPERVISOR: str(os.getpid())},
             start_new_session=True,
+            pass_fds=child.descriptors,
         )
         running.process, running.since = process, now
         arguments = (process, self._log_file(child), child.unlogged)

@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from flwr.app import Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.fab import Fab
-from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.inflatable.inflatable_utils import (
     ObjectPullError,
     ObjectUnavailableError,
@@ -26,8 +26,10 @@ from flwr.supercore.run import Run, RunNotRunningException
 from flwr.supernode import start_client_internal as internal
 from flwr.supernode.nodestate import NodeState, NodeStateFactory
 
-from client import bundle
-from client.bundle import check_hooks, install_hooks
+from client import bundle, hooks
+from client.bell import Bell
+from client.bundle import install_hooks
+from client.hooks import check_hooks
 from shared.bundle import build_bundle, bundle_sha256
 from shared.errors import ConfigError
 
@@ -35,25 +37,27 @@ NODE, RUN = 7, 11
 
 
 def test_the_hooks_fit_the_installed_flower() -> None:
-    assert check_hooks() is internal
+    """And what is looked at is what runs."""
+    check_hooks()
+    assert hooks.supernode_source() == inspect.getsource(internal)
 
 
-@pytest.mark.parametrize("name", ["_verify_fab", "_pull_and_store_message", "_init_connection"])
-def test_a_flower_without_one_of_the_hooks_is_refused(
-    name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(internal, name, lambda other: other)
+@pytest.mark.parametrize("name", list(hooks._SIGNATURES))
+@pytest.mark.parametrize("change", ["gone", "another parameter"])
+def test_a_flower_without_one_of_the_hooks_is_refused(name: str, change: str) -> None:
+    new = {"gone": f"def other{name}(", "another parameter": f"def {name}(new,"}[change]
+    changed = hooks.supernode_source().replace(f"def {name}(", new)
     with pytest.raises(ConfigError, match=name):
-        check_hooks()
+        check_hooks(source=changed)
 
 
-def test_a_flower_that_checks_bundles_elsewhere_is_refused(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    phrases = {"_pull_and_store_message": ("a check that is no longer there",)}
-    monkeypatch.setattr(bundle, "_SOURCES", phrases)
-    with pytest.raises(ConfigError, match="_pull_and_store_message"):
-        check_hooks()
+@pytest.mark.parametrize(
+    "phrase", [(name, phrase) for name, phrases in hooks._SOURCES.items() for phrase in phrases]
+)
+def test_a_flower_that_checks_bundles_elsewhere_is_refused(phrase: tuple[str, str]) -> None:
+    name, text = phrase
+    with pytest.raises(ConfigError, match=name):
+        check_hooks(source=hooks.supernode_source().replace(text, text.swapcase()))
 
 
 def test_another_version_of_flower_is_refused() -> None:
@@ -99,6 +103,7 @@ def _offer(
     *,
     hooked: bool = True,
     pull_object: Callable[[int, str], bytes] = _nothing,
+    bell: Bell | None = None,
 ) -> None:
     """Let the SuperLink offer a message and a bundle, over the connection as the hooks made it."""
     message = _message()
@@ -120,10 +125,9 @@ def _offer(
             lambda run_id, object_id: None,
         )
 
-    connect.__signature__ = inspect.signature(internal._init_connection)  # type: ignore[attr-defined]
     internal._init_connection = connect
     if hooked:
-        install_hooks(bundle_sha256())
+        install_hooks(bundle_sha256(), bell)
     with internal._init_connection(server_address="127.0.0.1:1") as conn:
         _, receive, _, get_run, get_fab, pull, _, confirm = conn
         internal._pull_and_store_message(
@@ -147,6 +151,21 @@ def test_the_installed_bundle_is_taken(state: NodeState) -> None:
     _offer(state, _fab(build_bundle(), bundle_sha256()))
     assert state.get_fab(bundle_sha256()) is not None
     assert not state.get_messages_legacy(is_reply=True)
+
+
+def test_the_worker_is_rung_for_once_a_message_is_there(state: NodeState) -> None:
+    parts = {name: part.deflate() for name, part in get_all_nested_objects(_message()).items()}
+    with closing(Bell.new()) as bell:
+        _offer(state, _fab(build_bundle(), bundle_sha256()), pull_object=_over, bell=bell)
+        assert not bell.wait(0)  # the run was over: there is nothing to fetch
+        whole = lambda run_id, part: parts[part]  # noqa: E731
+        _offer(state, _fab(build_bundle(), bundle_sha256()), pull_object=whole, bell=bell)
+        assert bell.wait(0)
+        assert not bell.wait(0)  # one message, one ring
+
+
+def _over(run_id: int, object_id: str) -> bytes:
+    raise RunNotRunningException
 
 
 @pytest.mark.parametrize("claimed", ["its own", "the expected one"])
@@ -176,10 +195,7 @@ def test_without_the_hooks_flower_takes_the_changed_bundle(state: NodeState) -> 
 def test_a_run_that_ends_while_its_message_arrives_leaves_no_task_behind(
     state: NodeState, hooked: bool
 ) -> None:
-    def over(run_id: int, object_id: str) -> bytes:
-        raise RunNotRunningException
-
-    _offer(state, _fab(build_bundle(), bundle_sha256()), hooked=hooked, pull_object=over)
+    _offer(state, _fab(build_bundle(), bundle_sha256()), hooked=hooked, pull_object=_over)
     (task,) = state.get_tasks(run_ids=[RUN])
     waiting = state.get_messages_legacy(is_reply=False)
     # Without the hooks, the control: Flower leaves a task whose message never comes.

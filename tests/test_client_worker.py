@@ -17,7 +17,6 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from client import worker
-from client.pace import BUSY_FOR_S
 from client.site_metrics import Tally, read_tally
 
 PRIVATE = "the path /srv/ward.csv, and a patient's value"
@@ -33,7 +32,8 @@ class SuperNode:
 
     def __init__(self, *tasks: str) -> None:
         self.tasks = list(tasks)
-        self.stop = Stop()
+        self.stop = threading.Event()
+        self.bell = Bell()
         self.completed: list[str] = []
         self.beats = 0
         self.answers: list[Any] = []
@@ -53,16 +53,15 @@ class SuperNode:
         raise httpx.ConnectError("a lost heartbeat ends nothing")
 
 
-class Stop(threading.Event):
-    """Notes how long the worker waits between two looks, and does not wait."""
+class Bell:
+    """Notes how long the worker would listen between two looks, and does not wait."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.waits: list[float] = []
 
-    def wait(self, timeout: float | None = None) -> bool:
-        self.waits.append(timeout or 0.0)
-        return self.is_set()
+    def wait(self, timeout_s: float) -> bool:
+        self.waits.append(timeout_s)
+        return False
 
 
 @pytest.fixture
@@ -93,7 +92,8 @@ def serve(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., dict
         monkeypatch.setattr(
             worker, "RuntimeTokenHttpInterceptor", lambda token: SimpleNamespace(_token=token)
         )
-        worker.serve("127.0.0.1:1", b"secret", Tally(tmp_path / "tally.json"), node.stop)
+        tally = Tally(tmp_path / "tally.json")
+        worker.serve("127.0.0.1:1", b"secret", tally, node.stop, node.bell)  # type: ignore[arg-type]
         return read_tally(tmp_path / "tally.json")
 
     return run
@@ -117,24 +117,14 @@ def test_messages_are_answered_one_after_the_other_and_counted(
     }
 
 
-def test_after_a_message_it_looks_often_and_after_long_idleness_seldom(
-    serve: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+def test_it_asks_until_nothing_is_there_and_then_listens(
+    serve: Callable[..., dict[str, Any]],
 ) -> None:
-    """And a message after long idleness is answered like any other."""
-    now = [0.0]
-    monkeypatch.setattr(worker.time, "monotonic", lambda: now[0])
-    node = SuperNode("", "train.round", "", "", "train.round", "")
-    wait = node.stop.wait
-
-    def passing(timeout: float | None = None) -> bool:
-        now[0] += BUSY_FOR_S if len(node.stop.waits) == 1 else 0.0  # after the first answer
-        return wait(timeout)
-
-    monkeypatch.setattr(node.stop, "wait", passing)
+    """A bell that never rings, say of a SuperNode that was killed: it asks again all the same."""
+    node = SuperNode("", "train.round", "train.round", "", "train.round")
     serve(node, kind_of)
-    idle, busy = worker.IDLE_S, worker.BUSY_S
-    assert node.stop.waits == [idle, busy, idle, busy, busy]
-    assert node.answers == ["train.round"] * 2
+    assert node.bell.waits == [worker.ASK_S] * 3
+    assert node.answers == ["train.round"] * 3
 
 
 def test_an_error_of_the_clientapp_says_nothing_and_ends_nothing(
@@ -176,7 +166,7 @@ def test_a_supernode_that_is_not_there_yet_is_asked_again(
             raise failures.pop()
         return acquire(request)
 
-    monkeypatch.setattr(worker, "IDLE_S", 0.0)
+    monkeypatch.setattr(worker, "AGAIN_S", 0.0)
     monkeypatch.setattr(node, "AcquireTask", later)
     serve(node, kind_of)
     assert node.answers == ["query.join"]
