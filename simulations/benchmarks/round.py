@@ -1,6 +1,7 @@
 """A secure round of a CNN of a million parameters, four sites, against the same round in the clear.
 
-    python -m simulations.benchmarks.round [--local-steps 1 5] [--width 136] [--quick] [--json FILE]
+    python -m simulations.benchmarks.round [--local-steps 1 5] [--width 136] [--images 64]
+        [--prg aes-256-ctr] [--quick] [--json FILE]
 
 Secure: the product as it is, with masks, signatures, recheck, ledger and the sites' stores. Clear:
 a twin that exists in this file alone. Its sites get the model as float32 bytes through the same
@@ -8,7 +9,7 @@ grid, train with the same trainer, draws and noise, and send their updates as pl
 which are averaged and applied by the same optimiser; nothing is hidden, checked or kept. Both end
 with the same model but for the rounding of the ring, which is checked.
 
-Every step trains on the same 64 drawn-at-random images a site, so all rounds are equal work. The
+Every step trains on all of a site's images, drawn at random once, so all rounds are equal work. The
 rounds of the two take turns; the fastest of each counts, after a first one that is not counted.
 Times are CPU seconds of this process, one torch thread; all sites share it, as on a laptop.
 """
@@ -49,7 +50,7 @@ from simulations.sites import write_sites
 
 SEED = 1
 IMAGES = 64
-"""Patients of each site, one image of 28 x 28 each; every step draws them all."""
+"""Patients of each site if not told, one image of 28 x 28 each; every step draws them all."""
 
 RUN_ID = "benchmark-round"
 TARGET = 1.15
@@ -60,6 +61,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser(__doc__.splitlines()[0] if __doc__ else "")
     options.add_argument("--local-steps", type=int, nargs="+", help="a row for each (default 1 5)")
     options.add_argument("--width", type=int, help="of the CNN (default 136: a million parameters)")
+    options.add_argument("--images", type=int, default=IMAGES, help="of a site (default 64)")
+    options.add_argument("--prg", default="chacha20", help="chacha20 (default) or aes-256-ctr")
     chosen = options.parse_args(arguments)
     one_thread()
     width = chosen.width or (4 if chosen.quick else 136)
@@ -67,7 +70,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows: list[Row] = []
     ratios: dict[str, float] = {}
     for steps in chosen.local_steps or ([1] if chosen.quick else [1, 5]):
-        plan = benchmark_plan(width, steps, repetitions + 1)
+        plan = benchmark_plan(width, steps, repetitions + 1, chosen.images)
+        plan = replace(plan, secure_sum=replace(plan.secure_sum, prg=chosen.prg))
         pair = compare(plan)
         rows += pair
         ratio = pair[0]["cpu_s"] / pair[1]["cpu_s"]
@@ -76,10 +80,10 @@ def main(arguments: list[str] | None = None) -> None:
     publish(rows, ratios, chosen.json)
 
 
-def benchmark_plan(width: int, local_steps: int, rounds: int) -> StudyPlan:
+def benchmark_plan(width: int, local_steps: int, rounds: int, images: int = IMAGES) -> StudyPlan:
     """The nodules study with a CNN of this width, small images, and equal sites and rounds."""
     plan = load_scenario("nodules").plan
-    sites = tuple(SitePlan(site.name, IMAGES) for site in plan.cohort.sites)
+    sites = tuple(SitePlan(site.name, images) for site in plan.cohort.sites)
     return replace(
         plan,
         model=replace(plan.model, width=width),
@@ -98,7 +102,10 @@ def benchmark_plan(width: int, local_steps: int, rounds: int) -> StudyPlan:
 
 def compare(plan: StudyPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     """One row for the secure rounds and one for their twins."""
-    hospitals = [_hospital(site.name, place) for place, site in enumerate(plan.cohort.sites)]
+    hospitals = [
+        _hospital(site.name, place, site.expected_patients)
+        for place, site in enumerate(plan.cohort.sites)
+    ]
     clear = ClearStudy(plan, {hospital.name: hospital.train for hospital in hospitals})
     timer = Turns(clear)
     finished: list[StudyOutcome] = []
@@ -118,7 +125,12 @@ def compare(plan: StudyPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     assert difference < 1e-3, f"the twins end with different models: {difference}"
     report = timer.reports[-1]
     parameters = plan_spec(plan).length
-    about = {"parameters": parameters, "local_steps": plan.training.local_steps}
+    about = {
+        "parameters": parameters,
+        "local_steps": plan.training.local_steps,
+        "images": plan.cohort.sites[0].expected_patients,
+        "prg": plan.secure_sum.prg,
+    }
     secure_bytes = {"mb_up": report.bytes_up / 1e6, "mb_down": report.bytes_down / 1e6}
     clear_bytes = {"mb_up": clear.bytes_up / 1e6, "mb_down": clear.bytes_down / 1e6}
     return (
@@ -127,11 +139,11 @@ def compare(plan: StudyPlan) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def _hospital(name: str, place: int) -> Hospital:
+def _hospital(name: str, place: int, images: int) -> Hospital:
     rng = np.random.default_rng([SEED, place])
-    pixels = rng.normal(size=(IMAGES, 1, 28, 28)).astype(np.float32)
-    ids = tuple(f"invented-{i}" for i in range(IMAGES))
-    data = PatientDataset(pixels, rng.integers(0, 2, IMAGES), np.arange(IMAGES), ids)
+    pixels = rng.normal(size=(images, 1, 28, 28)).astype(np.float32)
+    ids = tuple(f"invented-{i}" for i in range(images))
+    data = PatientDataset(pixels, rng.integers(0, 2, images), np.arange(images), ids)
     return Hospital(name, data, data)
 
 
