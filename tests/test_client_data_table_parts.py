@@ -138,3 +138,21 @@ def test_a_parquet_table_is_never_in_memory_as_a_whole(
         tracemalloc.stop()
     # What stays is what is needed of each row: whose it is, and its label.
     assert peaks[0] < peaks[1] / 3
+
+
+def test_one_row_group_as_large_as_the_file_is_read_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As pandas writes up to a million rows."""
+    names = [f"x{i}" for i in range(8)]
+    values = np.random.default_rng(1).uniform(0, 1, (len(names), 100_000))
+    path = tmp_path / "one.parquet"
+    table = pa.table(dict(zip(names, values, strict=True)))
+    pq.write_table(table, path, use_dictionary=False, data_page_size=1 << 14)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    del table
+    monkeypatch.setattr(columns, "AT_ONCE", 20_000)
+    before, held = pa.total_allocated_bytes(), 0
+    for _ in columns.read_parts(path, names):
+        held = max(held, pa.total_allocated_bytes() - before)
+    assert held < path.stat().st_size / 3

@@ -23,6 +23,9 @@ Texts = list[str]
 AT_ONCE = 1 << 19
 """Texts of a part that are in memory at once; about 60 bytes each."""
 
+BUFFER = 1 << 16
+"""Bytes of each Parquet column that are fetched at once."""
+
 
 def read_columns(
     path: Path,
@@ -125,7 +128,8 @@ def _parquet_parts(
     path: Path, wanted: Sequence[str], beside: Sequence[str], rows: int
 ) -> Iterator[dict[str, Texts]]:
     try:
-        with pq.ParquetFile(path) as file:
+        # Arrow fetches a whole row group otherwise, which may be the whole file.
+        with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
             for name in (*wanted, *beside):
                 _position(path, file.schema_arrow.names, name)
             for batch in file.iter_batches(rows, columns=list(wanted)):

@@ -1,28 +1,36 @@
-"""Training on more images than memory holds.
+"""Training on more images, or on a larger table, than memory holds.
 
-    python -m simulations.benchmarks.streaming [--gigabytes 5] [--limit-gigabytes 2]
+    python -m simulations.benchmarks.streaming [--table] [--gigabytes 5] [--limit-gigabytes 2]
         [--folder FOLDER] [--json FILE]
 
 Random 64 x 64 images are written as a site's prepared file (twice their size on the disk while
-that is done), then the site's own trainer takes private steps over them until each has been drawn
-about once. The peak is the process's resident memory, mapped pages included; above the limit the
-run fails.
+that is done); or a Parquet table of 60 measurements is read, split and prepared as
+`fedward-site data prepare` does it. Then the site's own trainer takes private steps until each
+record has been drawn about once. The peak is the process's resident memory, mapped pages included;
+above the limit the run fails. A table is written by another process, which does not count.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from client.data.dataset import PatientDataset
 from client.data.mapped import Spool
+from client.data.mapping import TableMapping
 from client.data.prepared import read_prepared, write_prepared
+from client.data.split import split_by_share
+from client.data.table import read_table
 from client.noise import ChaChaRandom, simulation_key
 from client.training import LocalTrainer
 from shared.config import require
@@ -31,6 +39,7 @@ from shared.plan import StudyPlan, from_table
 from simulations.benchmarks.report import parser, publish
 
 SIDE, AT_ONCE = 64, 1024
+COLUMNS, EACH, ROW_GROUP = 60, 20, 1 << 20
 GB = 1 << 30
 RATE = 0.02
 
@@ -38,16 +47,17 @@ RATE = 0.02
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print, and write the JSON file."""
     options = parser(__doc__.splitlines()[0] if __doc__ else "")
-    options.add_argument("--gigabytes", type=float, help="of images (default 5)")
+    options.add_argument("--table", action="store_true", help="a Parquet table, not images")
+    options.add_argument("--gigabytes", type=float, help="of images (5), or of the table (1)")
     options.add_argument("--limit-gigabytes", type=float, default=2.0, help="default 2")
-    options.add_argument("--folder", help="for the images; default: the temporary folder")
+    options.add_argument("--folder", help="for the data; default: the temporary folder")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(1)
-    size = chosen.gigabytes or (0.125 if chosen.quick else 5.0)
+    size = chosen.gigabytes or (0.125 if chosen.quick else 1.0 if chosen.table else 5.0)
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="fedward-streaming-") as folder:
         tempfile.tempdir = folder
-        row = measure(Path(folder), size)
-    publish([row], {"peak_to_images": row["peak_gb"] / size}, chosen.json)
+        row = (measure_table if chosen.table else measure)(Path(folder), size)
+    publish([row], {"peak_to_data": row["peak_gb"] / size}, chosen.json)
     if row["peak_gb"] > chosen.limit_gigabytes:
         sys.exit(f"the peak is {row['peak_gb']:.2f} GB, above {chosen.limit_gigabytes:g}")
 
@@ -55,27 +65,74 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(folder: Path, gigabytes: float) -> dict[str, float]:
     """Write the images, train over them, and say how large the process was at its largest."""
     records = int(gigabytes * GB / (4 * SIDE * SIDE)) // AT_ONCE * AT_ONCE
+    _refuse_small_disk(folder, gigabytes)
+    began = time.process_time()
+    path = folder / "train.safetensors"
+    write_prepared(_images(records), path)
+    written = time.process_time()
+    image = {"channels": 1, "height": SIDE, "width": SIDE}
+    plan = _plan({"label": "y", "image": image}, {"name": "cnn", "width": 4}, records)
+    return {
+        "images_gb": path.stat().st_size / GB,
+        "records": records,
+        "prepare_cpu_s": written - began,
+        **_trained(plan, path),
+    }
+
+
+def measure_table(folder: Path, gigabytes: float) -> dict[str, float]:
+    """Read, split and prepare a table as a site does, train over it, and say the same."""
+    records = int(gigabytes * GB / (8 * COLUMNS)) // EACH * EACH
+    _refuse_small_disk(folder, gigabytes)
+    names = [f"x{i}" for i in range(COLUMNS)]
+    table, path = folder / "table.parquet", folder / "train.safetensors"
+    writing = multiprocessing.get_context("spawn").Process(
+        target=_write_table, args=(table, names, records)
+    )
+    writing.start()
+    writing.join()
+    require(writing.exitcode == 0, f"{table} could not be written")
+    features = [{"name": name, "minimum": -8, "maximum": 8} for name in names]
+    model = {"name": "mlp", "hidden": [32]}
+    plan = _plan({"label": "y", "features": features}, model, records // EACH)
+    before, began = _peak_gb(), time.process_time()
+    data = read_table(table, TableMapping(patient="patient"), plan.task).data
+    shares = np.random.default_rng(1).uniform(size=data.patient_count)
+    train, _ = split_by_share(data, 0.2, shares)
+    write_prepared(train, path)
+    del data, train
+    prepared = time.process_time()
+    return {
+        "table_gb": table.stat().st_size / GB,
+        "records": records,
+        "patients": records // EACH,
+        "before_gb": before,
+        "prepare_cpu_s": prepared - began,
+        "prepared_peak_gb": _peak_gb(),
+        **_trained(plan, path),
+    }
+
+
+def _refuse_small_disk(folder: Path, gigabytes: float) -> None:
     free = shutil.disk_usage(folder).free
     require(
         free > 2.2 * gigabytes * GB,
         f"{folder} has {free / GB:.1f} GB free; {2.2 * gigabytes:.1f} are needed. Give --folder.",
     )
+
+
+def _trained(plan: StudyPlan, path: Path) -> dict[str, float]:
+    """Private steps over a prepared file."""
     began = time.process_time()
-    path = folder / "train.safetensors"
-    write_prepared(_images(records), path)
-    written = time.process_time()
-    plan = _plan(records)
-    data = read_prepared(path)
-    trainer = LocalTrainer(plan, "site-0", data, 1.0, "cpu", max_physical_records=256)
+    trainer = LocalTrainer(
+        plan, "site-0", read_prepared(path), 1.0, "cpu", max_physical_records=256
+    )
     random, model = ChaChaRandom(simulation_key(1, "site-0")), initial_parameters(plan)
     result = trainer.train_round(model, random, 1)
     return {
-        "images_gb": path.stat().st_size / GB,
-        "records": records,
         "steps": result.steps,
         "records_seen": result.log.records_seen,
-        "prepare_cpu_s": written - began,
-        "train_cpu_s": time.process_time() - written,
+        "train_cpu_s": time.process_time() - began,
         "peak_gb": _peak_gb(),
     }
 
@@ -88,13 +145,26 @@ def _images(records: int) -> PatientDataset:
     return PatientDataset(spool.array(), np.arange(records) % 2, np.arange(records), ids)
 
 
-def _plan(records: int) -> StudyPlan:
-    sites = [{"name": f"site-{i}", "expected_patients": records} for i in range(4)]
+def _write_table(path: Path, names: list[str], records: int) -> None:
+    """Normal measurements, `EACH` rows a patient, in row groups as large as pandas makes them."""
+    random = np.random.default_rng(1)
+    schema = pa.schema(
+        [("patient", pa.int64()), ("y", pa.int64()), *((name, pa.float64()) for name in names)]
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, records, ROW_GROUP):
+            rows = np.arange(start, min(start + ROW_GROUP, records))
+            columns = [rows // EACH, rows // EACH % 2, *random.normal(size=(COLUMNS, len(rows)))]
+            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
+
+
+def _plan(task: Mapping[str, object], model: Mapping[str, object], patients: int) -> StudyPlan:
+    sites = [{"name": f"site-{i}", "expected_patients": patients} for i in range(4)]
     return from_table(
         {
             "name": "streaming",
-            "task": {"label": "y", "image": {"channels": 1, "height": SIDE, "width": SIDE}},
-            "model": {"name": "cnn", "width": 4},
+            "task": task,
+            "model": model,
             "training": {
                 "rounds": 1,
                 "local_steps": round(1 / RATE),
