@@ -28,8 +28,8 @@ from client.hooks import check_hooks
 from client.pace import Pace
 from shared.bundle import bundle_sha256
 
-BUSY_S, IDLE_S, LONGEST_S = 0.25, 2.0, 10.0
-"""How often the SuperNode asks the server; see client/pace.py. 10 s come after ten minutes."""
+SHORTEST_S, LONGEST_S = 0.25, 10.0
+"""How often the SuperNode asks the server; see client/pace.py."""
 PARTS_S = 20.0
 """For how long no part of a message may come; the server takes one from its own machine."""
 
@@ -161,7 +161,7 @@ class _Waiting:
     """Stands for the module `time` in Flower's loop, of which it uses `sleep` alone."""
 
     def __init__(self) -> None:
-        self._pace = Pace(BUSY_S, IDLE_S, LONGEST_S)
+        self._pace = Pace(SHORTEST_S, LONGEST_S)
 
     def answered(self) -> None:
         self._pace.answered()

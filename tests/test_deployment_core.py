@@ -56,29 +56,98 @@ def live(tmp_path_factory: pytest.TempPathFactory, scenario: Scenario) -> Iterat
         yield deployment
 
 
-def finish(live: Deployment, process: Any) -> list[dict[str, Any]]:
-    """The rounds of a run that ends well."""
-    assert process.popen.wait(400) == 0, process.text
-    assert live.status()["state"] == "finished"
-    return live.rounds()
+@pytest.fixture(scope="module")
+def auditor() -> Identity:
+    """Whom the gated plan names."""
+    return Identity.generate()
 
 
-def test_a_study_ends_with_the_model_that_one_process_computes(live: Deployment) -> None:
-    live.approve()
-    rounds = finish(live, live.run(str(live.plan_file)))
-    assert [r["contributors"] for r in rounds] == [list(live.names)] * (ROUNDS + 1)
-    run = live.latest_run()
-    assert live.status()["sha256"] == in_process(live, run.name)
-    for file in ("results.json", "report.html", "model.safetensors", "evidence/receipts.json"):
-        assert (run / file).stat().st_size > 0
-    results = json.loads((run / "results.json").read_text())
+@pytest.fixture(scope="module")
+def gated(live: Deployment, auditor: Identity) -> Deployment:
+    """The same sites, with a plan that asks for an audit before its model leaves the server."""
+    gate = AuditPlan(gate=True, auditor=auditor.public.hex())
+    training = replace(live.plan.training, rounds=2)
+    plan = replace(live.plan, name="gated", training=training, audit=gate)
+    return replace(live, scenario=replace(live.scenario, plan=plan))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(gated: Deployment, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a gated study that nothing disturbs, once it is over."""
+    gated.approve()
+    file = tmp_path_factory.mktemp("gated") / "gated.toml"
+    file.write_text(plan_toml(gated.plan))
+    process = gated.run(str(file))
+    assert process.popen.wait(400) == 5, process.text
+    assert "the model is withheld: the plan asks for an audit before export" in process.text
+    return gated.latest_run()
+
+
+def test_a_study_ends_with_the_model_that_one_process_computes(
+    gated: Deployment, undisturbed: Path
+) -> None:
+    rounds = gated.rounds()
+    assert [r["contributors"] for r in rounds] == [list(gated.names)] * 3
+    assert not any(r["aborted"] for r in rounds)
+    assert gated.status()["sha256"] == in_process(gated, undisturbed.name)
+    for file in ("results.json", "report.html", "evidence/receipts.json"):
+        assert (undisturbed / file).stat().st_size > 0
+    results = json.loads((undisturbed / "results.json").read_text())
     assert results["engine"] == "deployment"
     assert len(results["privacy"]["sites"]) == 4
+
+
+def test_its_model_leaves_the_server_only_once_its_audit_has_passed(
+    undisturbed: Path, auditor: Identity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run, key = undisturbed, tmp_path / "auditor.pem"
+    auditor.save(key)
+    report = ["report", str(run), "--quick", "--key", str(key)]
+    verdicts: list[Verdict] = ["violated"]
+
+    def found(name: str, target: Any, options: Any) -> list[Finding]:
+        return [Finding(name, "example", "holds", "none", 1.0, None, 0.01, (), verdicts[-1])]
+
+    # The probes have tests of their own; evidence, signature and gate are the real ones.
+    monkeypatch.setattr("simulations.audits.families.attack", found)
+    for code in (5, 0):
+        assert not (run / "model.safetensors").exists()
+        assert audit(["release", str(run)]) == 5  # missing, then failed
+        assert audit(report) == code
+        verdicts.append("not refuted")
+    assert audit(["release", str(run)]) == 0
+    assert (run / "model.safetensors").exists()
+    assert not verify(run).violated
+
+
+def test_a_site_and_the_superlink_are_killed_and_the_study_ends_as_it_would(
+    live: Deployment,
+) -> None:
+    live.approve()
+    process = live.run(str(live.plan_file))
+    wait_for("the first round", lambda: live.rounds() and live.status()["state"] == "running")
+    for child in ("supernode", "worker"):
+        os.kill(live.site_pid("county", child), signal.SIGKILL)
+    wait_for("the second round", lambda: len(live.rounds()) > 1)
+    before = live.server_pid("superlink")
+    os.kill(before, signal.SIGKILL)
+    assert process.popen.wait(400) == 0, process.text
+    assert live.status()["state"] == "finished"
+    assert live.server_pid("superlink") != before
+    rounds = live.rounds()
+    with_county = ["county" in r["contributors"] for r in rounds]
+    assert with_county[0]
+    assert all(len(r["contributors"]) >= 3 for r in rounds if not r["aborted"])
+    assert sum(not r["aborted"] for r in rounds) == ROUNDS + 1
+    assert live.status()["sha256"] == in_process(live, live.latest_run().name)
+    assert (live.latest_run() / "model.safetensors").stat().st_size > 0  # nothing withholds it
+    wait_for("county", lambda: live.online() == set(live.names))
 
 
 def test_the_runs_evidence_holds_with_the_sites_exports_and_all_keys_known(
     live: Deployment,
 ) -> None:
+    """Of the study that was disturbed."""
     run, expected = with_exports(live), known(live)
     found = verify(run, expected)
     assert [(f.name, f.explanation) for f in found.findings if f.verdict != "not refuted"] == []
@@ -106,72 +175,6 @@ def with_exports(live: Deployment) -> Path:
         command = ["--site", str(live.site(name)), "evidence", run.name, str(target)]
         assert site_command(command) == 0
     return run
-
-
-def test_a_site_that_is_killed_drops_from_its_round_and_comes_back(live: Deployment) -> None:
-    live.approve()
-    process = live.run(str(live.plan_file))
-    wait_for("the first round", lambda: live.rounds() and live.status()["state"] == "running")
-    for child in ("supernode", "worker"):
-        os.kill(live.site_pid("county", child), signal.SIGKILL)
-    rounds = finish(live, process)
-    with_county = ["county" in r["contributors"] for r in rounds]
-    assert with_county[0]
-    assert all(len(r["contributors"]) >= 3 for r in rounds if not r["aborted"])
-    assert live.status()["sha256"] == in_process(live, live.latest_run().name)
-    wait_for("county", lambda: live.online() == set(live.names))
-
-
-@pytest.fixture(scope="module")
-def auditor() -> Identity:
-    """Whom the gated plan names."""
-    return Identity.generate()
-
-
-@pytest.fixture(scope="module")
-def gated(live: Deployment, auditor: Identity) -> Deployment:
-    """The same sites, with a plan that asks for an audit before its model leaves the server."""
-    gate = AuditPlan(gate=True, auditor=auditor.public.hex())
-    plan = replace(live.plan, name="gated", audit=gate)
-    return replace(live, scenario=replace(live.scenario, plan=plan))
-
-
-def test_a_study_outlives_its_superlink(gated: Deployment, tmp_path: Path) -> None:
-    gated.approve()
-    file = tmp_path / "gated.toml"
-    file.write_text(plan_toml(gated.plan))
-    process = gated.run(str(file))
-    wait_for("the first round", gated.rounds)
-    before = gated.server_pid("superlink")
-    os.kill(before, signal.SIGKILL)
-    assert process.popen.wait(400) == 5, process.text
-    assert "the model is withheld: the plan asks for an audit before export" in process.text
-    assert gated.server_pid("superlink") != before
-    assert sum(not r["aborted"] for r in gated.rounds()) == ROUNDS + 1
-    assert gated.status()["sha256"] == in_process(gated, gated.latest_run().name)
-
-
-def test_its_model_leaves_the_server_only_once_its_audit_has_passed(
-    gated: Deployment, auditor: Identity, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    run, key = gated.latest_run(), tmp_path / "auditor.pem"
-    auditor.save(key)
-    report = ["report", str(run), "--quick", "--key", str(key)]
-    verdicts: list[Verdict] = ["violated"]
-
-    def found(name: str, target: Any, options: Any) -> list[Finding]:
-        return [Finding(name, "example", "holds", "none", 1.0, None, 0.01, (), verdicts[-1])]
-
-    # The probes have tests of their own; evidence, signature and gate are the real ones.
-    monkeypatch.setattr("simulations.audits.families.attack", found)
-    for code in (5, 0):
-        assert not (run / "model.safetensors").exists()
-        assert audit(["release", str(run)]) == 5  # missing, then failed
-        assert audit(report) == code
-        verdicts.append("not refuted")
-    assert audit(["release", str(run)]) == 0
-    assert (run / "model.safetensors").exists()
-    assert not verify(run).violated
 
 
 def test_a_changed_bundle_is_refused_and_nothing_of_it_is_installed(live: Deployment) -> None:
