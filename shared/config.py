@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import json
 import math
 import tomllib
@@ -91,7 +92,7 @@ def parse(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     Raises:
         ConfigError: an unknown, missing or wrongly typed key; the message names it and what fits.
     """
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     values: dict[str, Any] = {}
     for key, value in table.items():
@@ -111,6 +112,12 @@ def parse(cls: type[T], table: Mapping[str, Any], where: str) -> T:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+@functools.cache
+def _hints(cls: type) -> Mapping[str, Any]:
+    """The types of a dataclass's fields; a plan has hundreds of features of one class."""
+    return typing.get_type_hints(cls)
 
 
 def _unknown_key(where: str, key: str, known: list[str]) -> str:

@@ -391,6 +391,10 @@ class StudyPlan:
             "training: proximal_mu above 0 goes with optimizer name 'fedprox', and only with it",
         )
 
+    def __hash__(self) -> int:
+        """Of its own hash: caches ask for it several times a round, and a plan may be large."""
+        return int(self.sha256[:16], 16)
+
     @cached_property
     def canonical_bytes(self) -> bytes:
         """The plan's one byte string: JSON, sorted keys, defaults written out."""
