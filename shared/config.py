@@ -92,7 +92,7 @@ def parse(cls: type[T], table: Mapping[str, Any], where: str) -> T:
     Raises:
         ConfigError: an unknown, missing or wrongly typed key; the message names it and what fits.
     """
-    hints = _hints(cls)
+    hints = _hints(cast(Any, cls))
     fields = {f.name: f for f in dataclasses.fields(cast(Any, cls))}
     values: dict[str, Any] = {}
     for key, value in table.items():

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import pytest
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 
 from client import worker
+from client.run import SiteRun
 from client.site_metrics import Tally, read_tally
 
 PRIVATE = "the path /srv/ward.csv, and a patient's value"
@@ -227,28 +227,28 @@ def test_a_message_that_never_arrives_ends_the_process(monkeypatch: pytest.Monke
     assert codes == [1]  # one that arrived ends nothing
 
 
-FORK = """\
-import os
-from types import SimpleNamespace
-from client.run import SiteRun
-for key in ("", "11" * 32):
-    run = SimpleNamespace(config=SimpleNamespace(random_key=key), run_id="run-1")
-    run._random = SiteRun._random.func(run)
-    reading, writing = os.pipe()
-    child = os.fork()
-    drawn = run._random.fresh_child("round 1").bytes(32).hex()
-    if child == 0:
-        os.write(writing, drawn.encode())
-        os._exit(0)
-    os.waitpid(child, 0)
-    print(drawn, os.read(reading, 64).decode())
-"""
-
-
 def test_a_fork_of_a_worker_draws_other_noise_in_the_same_round() -> None:
     """The noise key of a run is made once and kept; a fork must not go on from it."""
-    shown = subprocess.check_output([sys.executable, "-c", FORK], text=True)
-    here, there, same, too = shown.split()
-    assert len(here) == len(there) == 64
+    here, there = drawn_by_both("")
+    assert len(here) == len(there) == 32
     assert here != there
+    same, too = drawn_by_both("11" * 32)
     assert same == too  # the control: a simulation's key shows a stream that is shared
+
+
+def drawn_by_both(random_key: str) -> tuple[bytes, bytes]:
+    """What a run's stream draws in this process and in a fork of it."""
+    run = SimpleNamespace(config=SimpleNamespace(random_key=random_key), run_id="run-1")
+    run._random = SiteRun._random.func(run)  # type: ignore[attr-defined]
+    reading, writing = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.write(writing, run._random.fresh_child("round 1").bytes(32))
+        finally:
+            os._exit(0)  # whatever happens, no second pytest goes on from here
+    here = run._random.fresh_child("round 1").bytes(32)
+    os.waitpid(child, 0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as pipe:
+        return here, pipe.read()
