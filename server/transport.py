@@ -20,6 +20,8 @@ from shared.study import Refusal
 
 _LOG = logging.getLogger("fedward.server")
 
+POLL_SHARE, LONGEST_POLL_S = 0.05, 2.0
+
 MESSAGE_TYPES = {
     "rollcall": f"{MessageType.QUERY}.rollcall",
     "join": f"{MessageType.QUERY}.join",
@@ -33,6 +35,15 @@ MESSAGE_TYPES = {
 }
 
 
+def pause_s(quiet_s: float, shortest_s: float) -> float:
+    """How long to wait before the next look for answers: a share of the wait for one so far.
+
+    >>> pause_s(1.0, 0.2), pause_s(20.0, 0.2), pause_s(600.0, 0.2)
+    (0.2, 1.0, 2.0)
+    """
+    return max(shortest_s, min(LONGEST_POLL_S, POLL_SHARE * quiet_s))
+
+
 class GridTransport:
     """Sends each site's bytes to its Flower node and gathers the answers.
 
@@ -43,7 +54,7 @@ class GridTransport:
     Args:
         grid: Flower's Grid, any engine.
         sites: Names of all sites; so many nodes are waited for before the first message.
-        poll_s: Seconds between two looks for answers.
+        poll_s: Seconds between two looks for answers; more where none comes, see `pause_s`.
         connect_timeout_s: How long to wait for the nodes.
         directory: The sites that are connected now, by name, and their nodes.
         quorum: With a directory: a round begins once this many of its sites are connected.
@@ -224,21 +235,24 @@ class GridTransport:
             tally.largest = max(tally.largest, len(body))
             sent |= dict.fromkeys(self._push(action, kind, node, body, timeout_s), node)
         replies: dict[int, bytes] = {}
-        deadline = self._clock() + timeout_s
+        news = self._clock()
+        deadline = news + timeout_s
         while sent:
             with at_most(deadline - self._clock()):
                 for message in self._grid.pull_messages(list(sent)):
                     # An error reply has the SuperLink's node id: the request's tells whose it is.
                     sender = sent.pop(message.metadata.reply_to_message_id, None)
+                    news = self._clock()
                     answer = self._body(action, message)
                     if sender is not None and answer is not None:
                         replies[sender] = answer
                         tally.messages += 1
                         tally.bytes_up += len(answer)
                         tally.largest = max(tally.largest, len(answer))
-            if not sent or self._clock() >= deadline:
+            now = self._clock()
+            if not sent or now >= deadline:
                 break
-            self._sleep(self._poll_s)
+            self._sleep(min(pause_s(now - news, self._poll_s), deadline - now))
         return replies
 
     def _push(

@@ -168,3 +168,31 @@ def test_a_superlink_that_stays_away_ends_the_wait() -> None:
     with pytest.raises(ObjectPushError):
         carrier.exchange("round", REQUESTS, 30.0)
     assert 30 <= clock.now <= 32
+
+
+class Slow(Grid):
+    """Three sites answer at once, and the last one after a while."""
+
+    def __init__(self, clock: Clock, after_s: float) -> None:
+        super().__init__()
+        self._clock, self._after_s = clock, after_s
+        self.looks: list[float] = []
+
+    def pull_messages(self, ids: list[str]) -> list[Message]:
+        """What is there by now."""
+        self.looks.append(self._clock.now)
+        ready = self._waiting if self._clock.now >= self._after_s else self._waiting[:-1]
+        self._waiting = self._waiting[len(ready) :]
+        return [reply for _, reply in ready]
+
+
+@pytest.mark.parametrize("after_s", [0.1, 3.0, 30.0, 300.0, 1000.0])
+def test_a_slow_site_is_looked_for_ever_more_seldom_and_not_found_late(after_s: float) -> None:
+    """Looking costs the SuperLink as much as a message: not five times a second for an hour."""
+    clock = Clock({0.0: SITES})
+    grid = Slow(clock, after_s)
+    found = transport(clock, [], grid).exchange("round", REQUESTS, 400.0)
+    assert len(found) == (4 if after_s < 400 else 3)
+    late_s = clock.now - min(after_s, 400.0)
+    assert 0 <= late_s <= max(0.2, min(2.0, 0.06 * after_s)) + 1e-6
+    assert len(grid.looks) <= 60 + after_s / 2
