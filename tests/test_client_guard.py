@@ -334,6 +334,53 @@ def test_trainers_that_break_the_promise_are_caught(trainer: type[LocalTrainer])
         check_sensitivity(make_plan(), "cpu", trainer=trainer)
 
 
+class Leaning(LocalTrainer):
+    """Patients count a little less together than alone, at some parameter vectors."""
+
+    size = 5e-4
+
+    def leans_at(self, start: FlatVector) -> bool:
+        return True
+
+    def gradient(self, start: FlatVector, patients: NDArray[np.int64], *args: Any, **more: Any):
+        found = super().gradient(start, patients, *args, **more)
+        together = len(patients) > 1 and self.leans_at(start)
+        return found * np.float32(1 - self.size if together else 1)
+
+
+def turning_at(vectors: int, size: float = Leaning.size) -> tuple[type[Leaning], list[bytes]]:
+    """A trainer that leans at the first so many vectors it is measured at, and those vectors."""
+    seen: list[bytes] = []
+
+    class Turning(Leaning):
+        def leans_at(self, start: FlatVector) -> bool:
+            if start.tobytes() not in seen:
+                seen.append(start.tobytes())
+            return seen.index(start.tobytes()) < vectors
+
+    Turning.size = size
+    return Turning, seen
+
+
+def test_a_turn_of_rounding_at_one_vector_is_no_fault_and_the_same_at_every_vector_is() -> None:
+    """A sound CNN was refused for one ReLU that turned where a plan's vectors happened to be."""
+    for vectors, measured in [(0, 2), (1, 4), (2, 4), (4, 6)]:
+        trainer, seen = turning_at(vectors)
+        assert check_sensitivity(make_plan(), "cpu", trainer=trainer).dependence <= 1e-4
+        assert len(seen) == measured
+    trainer, seen = turning_at(6)
+    with pytest.raises(SensitivityError, match="with who else is in the batch"):
+        check_sensitivity(make_plan(), "cpu", trainer=trainer)
+    assert len(seen) == 6
+
+
+def test_more_than_a_turn_of_rounding_is_refused_at_once() -> None:
+    trainer, seen = turning_at(1, 0.02)
+    with pytest.raises(SensitivityError, match="with who else is in the batch"):
+        check_sensitivity(make_plan(), "cpu", trainer=trainer)
+    assert len(seen) == 2
+
+
 def test_a_scaled_loss_is_no_fault() -> None:
     check_sensitivity(make_plan(), "cpu", trainer=ScalesTheLoss)
 
