@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
-SHARE = 0.05
-"""A pause is at most this share of the time since the last message, and so is a message's wait."""
+from shared.pace import pause_s
+
 AT_FIRST_S = 40.0
 """A process that has just started takes itself to have waited for so long."""
 
@@ -39,5 +39,4 @@ class Pace:
         >>> pace.pause_s()
         0.25
         """
-        quiet_s = time.monotonic() - self._last
-        return min(self.longest_s, max(self.shortest_s, SHARE * quiet_s))
+        return pause_s(time.monotonic() - self._last, self.shortest_s, self.longest_s)

@@ -16,11 +16,12 @@ from server.patience import at_most
 from shared.errors import CohortError, ProtocolError
 from shared.flower import body_of, content
 from shared.messages import decode
+from shared.pace import pause_s
 from shared.study import Refusal
 
 _LOG = logging.getLogger("fedward.server")
 
-POLL_SHARE, LONGEST_POLL_S = 0.05, 2.0
+LONGEST_POLL_S = 2.0
 
 MESSAGE_TYPES = {
     "rollcall": f"{MessageType.QUERY}.rollcall",
@@ -35,15 +36,6 @@ MESSAGE_TYPES = {
 }
 
 
-def pause_s(quiet_s: float, shortest_s: float) -> float:
-    """How long to wait before the next look for answers: a share of the wait for one so far.
-
-    >>> pause_s(1.0, 0.2), pause_s(20.0, 0.2), pause_s(600.0, 0.2)
-    (0.2, 1.0, 2.0)
-    """
-    return max(shortest_s, min(LONGEST_POLL_S, POLL_SHARE * quiet_s))
-
-
 class GridTransport:
     """Sends each site's bytes to its Flower node and gathers the answers.
 
@@ -54,7 +46,7 @@ class GridTransport:
     Args:
         grid: Flower's Grid, any engine.
         sites: Names of all sites; so many nodes are waited for before the first message.
-        poll_s: Seconds between two looks for answers; more where none comes, see `pause_s`.
+        poll_s: Seconds between two looks for answers; more where none comes, see shared/pace.py.
         connect_timeout_s: How long to wait for the nodes.
         directory: The sites that are connected now, by name, and their nodes.
         quorum: With a directory: a round begins once this many of its sites are connected.
@@ -252,7 +244,8 @@ class GridTransport:
             now = self._clock()
             if not sent or now >= deadline:
                 break
-            self._sleep(min(pause_s(now - news, self._poll_s), deadline - now))
+            pause = pause_s(now - news, self._poll_s, LONGEST_POLL_S)
+            self._sleep(min(pause, deadline - now))
         return replies
 
     def _push(

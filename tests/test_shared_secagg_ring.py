@@ -172,7 +172,7 @@ def test_wire_bytes_come_back(ring, length, seed) -> None:
     np.testing.assert_array_equal(ring.from_wire(wire, length), vector)
     total = vector.copy()
     ring.add_wire(total, wire)
-    np.testing.assert_array_equal(total & ring.modulus_mask, 2 * vector & ring.modulus_mask)
+    np.testing.assert_array_equal(total, 2 * vector & ring.modulus_mask)
 
 
 @pytest.mark.parametrize("bits", [16, 24, 32])

@@ -173,14 +173,10 @@ class Ring:
         """
         out = np.zeros(length, np.uint32)
         self.add_wire(out, wire)
-        out &= self.modulus_mask
         return out
 
     def add_wire(self, total: RunningSum, wire: Buffer) -> None:
-        """Add a packed vector to `total`, (d,), in place and modulo 2^bits.
-
-        Above `bits` the words of `total` may hold anything, until `add_masks` has taken the masks
-        off. Fastest on `zeros`.
+        """Add a packed vector to `total`, (d,), in place and modulo 2^bits; fastest on `zeros`.
 
         Raises:
             ProtocolError: not exactly d * bits / 8 bytes.
@@ -188,17 +184,17 @@ class Ring:
         size = self.bits // 8
         if len(wire) != len(total) * size:
             raise ProtocolError(f"masked vector has {len(wire)} bytes, not {len(total)} x {size}")
+        if total.itemsize == size:  # words of the ring's own width wrap by themselves
+            total += np.frombuffer(wire, f"<u{size}")
+            return
         packed = np.frombuffer(wire, np.uint8)
         scratch = np.empty(CHUNK, np.uint32)
         for start in range(0, len(total), CHUNK):
             part = total[start : start + CHUNK]
-            cells = packed[start * size : (start + len(part)) * size]
-            if part.itemsize == size:
-                part += cells.view(f"<u{size}")
-                continue
             words = scratch[: len(part)]
-            unpack(cells, words, self.bits)
+            unpack(packed[start * size : (start + len(part)) * size], words, self.bits)
             part += words
+            part &= self.modulus_mask
 
     def _digit_shifts(self, max_count: int) -> Counts:
         if not 0 < max_count * self.sites < 1 << 62:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
@@ -40,6 +40,7 @@ from shared.optimizers import ModelState, apply_update, initial_state
 from shared.parameters import FlatVector
 from shared.plan import SitePlan, StudyPlan
 from shared.privacy import noise_multiplier_of
+from shared.secagg.prg import Prg
 from shared.task_plan import ImagePlan
 from simulations.benchmarks.report import Row, one_thread, parser, publish
 from simulations.engines import run_in_process
@@ -62,7 +63,9 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--local-steps", type=int, nargs="+", help="a row for each (default 1 5)")
     options.add_argument("--width", type=int, help="of the CNN (default 136: a million parameters)")
     options.add_argument("--images", type=int, default=IMAGES, help="of a site (default 64)")
-    options.add_argument("--prg", default="chacha20", help="chacha20 (default) or aes-256-ctr")
+    options.add_argument(
+        "--prg", choices=get_args(Prg), default="chacha20", help="masks (default chacha20)"
+    )
     chosen = options.parse_args(arguments)
     one_thread()
     width = chosen.width or (4 if chosen.quick else 136)
