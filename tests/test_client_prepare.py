@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from site_cases import make_site, open_books, study, trained, write_plan, write_policy
 
-from client import commands_study
+from client import commands_study, patients
 from client.cli import main
 from client.config import SiteFolder
 from client.data.prepared import read_prepared
@@ -44,8 +44,11 @@ def plan() -> StudyPlan:
 
 
 @pytest.fixture
-def site(tmp_path: Path, plan: StudyPlan) -> Path:
-    """A site whose data is a table with one record of most patients and two of some."""
+def site(tmp_path: Path, plan: StudyPlan, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A site whose data is a table with one record of most patients and two of some.
+
+    Its key is fixed: with one key in 1,700 the test part is larger than the training part.
+    """
     folder = make_site(tmp_path / "site")
     text = 'name = "site-0"\ndevice = "cpu"\n' + SOURCE.format(
         label=plan.task.label, positive=plan.task.positive
@@ -58,6 +61,9 @@ def site(tmp_path: Path, plan: StudyPlan) -> Path:
         rows.append(f"P{i % 40:03},{'ja' if i % 40 < 20 else 'nein'},{','.join(middle)}")
     rows.append("P900,," + ",".join(["1"] * len(names)))
     (folder / "ward.csv").write_text("\n".join(rows))
+    with monkeypatch.context() as fixed:
+        fixed.setattr(patients.os, "urandom", lambda count: bytes([7] * count))
+        open_books(folder).close()
     return folder
 
 
