@@ -1,7 +1,8 @@
 """What the hospitals would reach otherwise: each alone, pooled, and pooled under DP-SGD.
 
-Same model, start, splits, local learning rate and number of steps as the study. Pooling is what
-federation is there to avoid; it shows what privacy and distance cost.
+Same model, start, splits, local learning rate and number of steps as the study; without privacy
+those of the scenario's [none], where it has any. Pooling is what federation is there to avoid; it
+shows what privacy and distance cost.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from client.training import LocalTrainer
 from shared.counts import EXACT_UNIT, Units, count_kind, exact_metrics
 from shared.evaluation_plan import EvaluationPlan
 from shared.models import initial_parameters
+from shared.optimizers import apply_update, initial_state
 from shared.parameters import FlatVector
-from shared.plan import PrivacyPlan, SitePlan, StudyPlan
+from shared.plan import OptimizerPlan, PrivacyPlan, SitePlan, StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
 from shared.statistics import Records
 from simulations.hospitals import Hospital
@@ -45,11 +47,13 @@ def train_baselines(
     seed: int,
     device: str,
     *,
+    open_plan: StudyPlan | None = None,
     insecure_reproducible: bool = False,
 ) -> dict[str, Any]:
     """Train the baselines and evaluate each on the pooled test patients.
 
     Args:
+        open_plan: Settings of those without privacy; None for the study's own, see `Scenario`.
         seed: Of the order of the records where there is no privacy.
         insecure_reproducible: Let noise and draws of `pooled_dp` follow from the seed, too.
 
@@ -61,8 +65,9 @@ def train_baselines(
     test = pool([h.test for h in hospitals])
     everyone = pool([h.train for h in hospitals])
     patients = sum(s.expected_patients for s in plan.cohort.sites)
-    results: dict[str, Any] = {"local": _local(plan, hospitals, test, seed, device)}
-    model = _train(_without_privacy(plan), everyone, patients, seed, device)
+    unprotected = _exactly(open_plan or plan, exact_bins(plan))
+    results: dict[str, Any] = {"local": _local(unprotected, hospitals, test, seed, device)}
+    model = _train(unprotected, everyone, patients, seed, device)
     results["pooled"] = {"metrics": evaluate(plan, model, test, device)}
     sigma = noise_multiplier_of(plan)
     if sigma is not None and plan.training.sample_rate and plan.privacy.delta:
@@ -81,7 +86,7 @@ def _local(
     pooled, own = [], {}
     for hospital in hospitals:
         patients = plan.cohort.expected_patients(hospital.name)
-        model = _train(_without_privacy(plan), hospital.train, patients, seed, device)
+        model = _train(plan, hospital.train, patients, seed, device)
         pooled.append(evaluate(plan, model, test, device))
         own[hospital.name] = evaluate(plan, model, hospital.test, device)
     keys = [k for k in pooled[0] if all(k in m for m in pooled)]
@@ -89,30 +94,30 @@ def _local(
     return {"metrics": mean, "per_site": own}
 
 
-def _without_privacy(plan: StudyPlan) -> StudyPlan:
-    return _exactly(plan, exact_bins(plan))
-
-
 def _train(
     plan: StudyPlan, data: PatientDataset, expected_patients: int, seed: int | None, device: str
 ) -> FlatVector:
-    """Train on one dataset for as many steps as a site takes in the study."""
+    """Train on one dataset for as many steps as a site takes in the study.
+
+    Of the server's optimiser its momentum alone holds: the rest corrects for distance.
+    """
     site = SitePlan(plan.cohort.names[0], expected_patients)
     others = [s for s in plan.cohort.sites if s.name != site.name]
     plan = replace(
         plan,
         cohort=replace(plan.cohort, sites=(site, *others)),
         training=replace(plan.training, proximal_mu=0.0),
-        optimizer=replace(plan.optimizer, name="fedavg"),
+        optimizer=OptimizerPlan(momentum=plan.optimizer.momentum),
     )
     trainer = LocalTrainer(plan, site.name, data, noise_multiplier_of(plan), device=device)
     random = ChaChaRandom.from_system()
     if seed is not None:
         random = ChaChaRandom(simulation_key(seed, "baseline"))
-    model = initial_parameters(plan)
+    state = initial_state(plan.optimizer, initial_parameters(plan))
     for round_no in range(1, plan.training.rounds + 1):
-        model = model + trainer.train_round(model, random, round_no).update
-    return model
+        update = trainer.train_round(state.parameters, random, round_no).update
+        state = apply_update(plan.optimizer, state, update)
+    return state.parameters
 
 
 def exact_bins(plan: StudyPlan) -> int:

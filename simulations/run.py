@@ -298,6 +298,7 @@ def _results(run: PreparedRun, done: _Finished) -> dict[str, Any]:
             run.hospitals,
             simulation.seed,
             run.options.device,
+            open_plan=scenario.open_plan,
             insecure_reproducible=run.options.insecure_reproducible,
         )
     return build_results(**fields)

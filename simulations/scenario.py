@@ -86,11 +86,20 @@ class SimulationConfig:
 
 @dataclass(frozen=True)
 class Scenario:
-    """One simulated study; `name` is the file's name without .toml."""
+    """One simulated study.
+
+    Attributes:
+        name: The file's name without .toml.
+        simulation: Where the patients come from.
+        plan: The study.
+        open_plan: The same with privacy.mode=none, for baselines without privacy; None where the
+            file has no [none], and so no settings of its own for that.
+    """
 
     name: str
     simulation: SimulationConfig
     plan: StudyPlan
+    open_plan: StudyPlan | None = None
 
 
 def load_scenario(name_or_path: str, overrides: Sequence[str] = ()) -> Scenario:
@@ -107,20 +116,25 @@ def load_scenario(name_or_path: str, overrides: Sequence[str] = ()) -> Scenario:
             names the key.
     """
     path = _find(name_or_path)
-    table = _with_overrides(_read(path), overrides)
+    read = _read(path)
+    table = _with_overrides(copy.deepcopy(read), overrides)
     odd = sorted(set(table) - {"simulation", "plan"})
     require(not odd, f"{path}: unknown table {', '.join(odd)}. Valid: [simulation] and [plan].")
     for name in ("simulation", "plan"):
         require(isinstance(table.get(name), dict), f"{path}: the table [{name}] is missing.")
     simulation = parse(SimulationConfig, table["simulation"], f"{path} [simulation]")
     plan = parse(StudyPlan, table["plan"], f"{path} [plan]")
+    open_plan = None
+    if "none" in read:
+        table = _with_overrides(read, [*overrides, "privacy.mode=none"])
+        open_plan = parse(StudyPlan, table["plan"], f"{path} [plan] with [none]")
     sites, sizes = len(plan.cohort.sites), len(simulation.site_sizes)
     require(
         sizes in (0, sites),
         f"{path} [simulation]: site_sizes has {sizes} entries for {sites} sites. Give one each.",
     )
     folder = str(Path(simulation.folder).expanduser()) if simulation.folder else ""
-    return Scenario(path.stem, replace(simulation, folder=folder), plan)
+    return Scenario(path.stem, replace(simulation, folder=folder), plan, open_plan)
 
 
 def _read(path: Path) -> dict[str, Any]:

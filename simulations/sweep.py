@@ -144,10 +144,12 @@ class Sweep:
     def key(self, cell: Cell) -> str:
         """Hash of everything that a run's outcome depends on: hex, 64 characters."""
         scenario = self.scenarios[cell]
+        unprotected = scenario.open_plan
         simulation = replace(scenario.simulation, folder="", title="-")
         parts = {
             "version": importlib.metadata.version("fedward"),
             "plan": scenario.plan.sha256,
+            "open_plan": None if unprotected is None else unprotected.sha256,
             "simulation": asdict(simulation),
             "data": self.data_sha256,
             "insecure_reproducible": self.options.insecure_reproducible,
@@ -216,6 +218,9 @@ def _scenario(options: SweepOptions, cell: Cell) -> Scenario:
         f"model.init_seed={cell.seed}",
     )
     scenario = load_scenario(options.scenario, [*_overrides(options, cell.mode), *own])
+    # What was set for one private mode alone says nothing about training without privacy.
+    for_all = load_scenario(options.scenario, [*_overrides(options, None), *own])
+    scenario = replace(scenario, open_plan=for_all.open_plan)
     require(
         scenario.plan.evaluation.release == "exact",
         f"scenario {scenario.name!r} releases no test metrics, and a sweep compares them. "

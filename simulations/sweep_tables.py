@@ -166,7 +166,8 @@ def limit_section(sweep: Table) -> Html:
         ),
         (
             "Every baseline takes the settings of the mode beside it,",
-            "not the best that could be found for it. A learning rate that suits clipped "
+            "not the best that could be found for it; without privacy those of the scenario’s "
+            "[none], where it has any. Elsewhere a learning rate that suits clipped "
             "gradients may be too small or too large without clipping: where the lines without "
             "privacy lie low, the settings are at fault, not the lack of noise.",
         ),

@@ -16,9 +16,12 @@ from test_server_report import check_page
 
 from server.charts import Level
 from simulations import sweep as sweeps
+from simulations.baselines import train_baselines
 from simulations.cli import main
 from simulations.cli_sweep import SweepProgress, sweep_text
-from simulations.sweep import Cell, SweepOptions, prepare_sweep
+from simulations.hospitals import load_hospitals
+from simulations.scenario import load_scenario
+from simulations.sweep import Cell, SweepOptions, prepare_sweep, run_sweep
 from simulations.sweep_chart import Curve, Estimate, epsilon_chart
 from simulations.sweep_page import render
 from simulations.sweep_summary import mean_and_sd, paired_difference
@@ -104,6 +107,47 @@ def test_the_seeds_differ_and_a_run_is_what_the_run_command_gives(
     assert results["plan_sha256"] == same["plan_sha256"]
     assert results["final"]["metrics"] == same["metrics"]["study"]
     assert results["baselines"]["pooled_dp"]["metrics"] == same["metrics"]["pooled_dp"]
+
+
+OPEN = """base = "breast_cancer"
+[simulation]
+title = "With settings of its own where nothing is private"
+[none.training]
+learning_rate = 0.01
+[none.optimizer]
+momentum = 0.9
+"""
+
+
+def test_baselines_without_privacy_train_by_the_scenarios_settings_for_that(
+    tmp_path: Path,
+) -> None:
+    """They are what `privacy.mode=none` gives, whatever was set for a private mode alone."""
+    file = tmp_path / "open.toml"
+    file.write_text(OPEN)
+    short = ("training.rounds=3", "evaluation.bins=64", "model.init_seed=1")
+    overrides = (*short[:2], "local.training.learning_rate=2")
+    options = SweepOptions(str(file), tmp_path, overrides, ("local",), (8.0,), (1,))
+    (record,) = run_sweep(prepare_sweep(options), SweepProgress(None, width=80)).values()
+    swept = record["metrics"]
+    without = {}
+    for momentum in ("0.9", "0"):
+        changes = [*short, "privacy.mode=none", f"optimizer.momentum={momentum}"]
+        scenario = load_scenario(str(file), changes)
+        hospitals = load_hospitals(scenario.simulation, scenario.plan)
+        without[momentum] = train_baselines(scenario.plan, hospitals, 1, "cpu")
+    for name in ("pooled", "local"):
+        assert swept[name] == without["0.9"][name]["metrics"]
+        assert swept[name] != without["0"][name]["metrics"]
+
+
+def test_a_run_is_known_by_its_settings_without_privacy_too(tmp_path: Path) -> None:
+    file, cell, keys = tmp_path / "open.toml", Cell("local", 8.0, 1), set()
+    for text in (OPEN, OPEN.replace("0.01", "0.02"), OPEN.replace("[none", "[distributed")):
+        file.write_text(text)
+        options = SweepOptions(str(file), tmp_path, (), ("local",), (8.0,), (1,))
+        keys.add(prepare_sweep(options).key(cell))
+    assert len(keys) == 3
 
 
 def test_a_sweep_whose_noise_follows_from_its_seeds_says_so(folder: Path) -> None:
