@@ -29,8 +29,9 @@ from client.training import LocalTrainer
 from shared.counts import EXACT_UNIT, count_kind, exact_metrics
 from shared.errors import ConfigError
 from shared.evaluation_plan import EvaluationPlan
-from shared.plan import OptimizerPlan, PrivacyPlan, StudyPlan, TrainingPlan
+from shared.plan import OptimizerPlan, StudyPlan, TrainingPlan
 from shared.privacy import costs_of, epsilon_of
+from shared.privacy_plan import PrivacyPlan
 from shared.released import ReleasedModel
 from shared.statistics import Records
 

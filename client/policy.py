@@ -48,7 +48,7 @@ class DatasetPolicy:
             results. "schedule" declares that all studies were fixed before the first one ran;
             it lets more studies fit and promises nothing if that is not so.
         min_noise_multiplier: Least noise, as a multiple of the clip norm.
-        max_clip_norm: Largest clip norm.
+        max_clip_norm: Largest clip norm; of one that adapts, the largest that it may reach.
         modes: Privacy modes; "none" is valid at a pretended hospital only.
         min_sites: Fewest sites in any sum: the plan's threshold must reach it.
         min_honest: Fewest sites beside the colluding ones: threshold less colluders.
@@ -279,7 +279,7 @@ def _privacy_reasons(plan: StudyPlan, limits: DatasetPolicy, site: str) -> Itera
         yield f"privacy mode {mode!r} is not in modes"
     if mode == "none":
         return
-    epsilon, delta, clip = *plan.privacy.budget, plan.privacy.clip_norm
+    epsilon, delta, clip = *plan.privacy.budget, plan.privacy.largest_clip_norm
     promises = {"": (epsilon, delta), f"{count_use(plan)} ": count_promise_of(plan)}
     for name, promise in promises.items():
         if promise is not None and promise[0] > limits.max_epsilon:
@@ -295,7 +295,8 @@ def _privacy_reasons(plan: StudyPlan, limits: DatasetPolicy, site: str) -> Itera
             )
     yield from _alone_reasons(plan, limits)
     if clip is not None and clip > limits.max_clip_norm:
-        yield f"clip_norm is {clip:g}, max_clip_norm is {limits.max_clip_norm:g}"
+        verb = "may reach" if plan.privacy.adaptive_clip.quantile else "is"
+        yield f"clip_norm {verb} {clip:g}, max_clip_norm is {limits.max_clip_norm:g}"
     patients = plan.cohort.expected_patients(site)
     largest = max(promise[1] for promise in promises.values() if promise is not None)
     if largest * patients > 1:

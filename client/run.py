@@ -305,11 +305,14 @@ class SiteRun:
             return np.zeros(self.spec.length, dtype=np.float32), {}
         start = self._own.parameters(self.state)
         if self.layout.share is not None:
-            result = self.trainer.clipped_sum(start, self._random, round_no)
+            adapts = bool(self.plan.privacy.adaptive_clip.quantile)
+            clip_norm = self.layout.clip_norm(self.state) if adapts else None
+            result = self.trainer.clipped_sum(start, self._random, round_no, clip_norm=clip_norm)
             divisor = self.trainer.public_divisor(self.config.name)
             random = self._random.fresh_child(f"own layers {round_no}")
             self._own.stepped(start, result.update, divisor, random)
-            return result.update, {"steps": result.steps}
+            learnt = np.concatenate([result.update, self.layout.vote(result.votes)])
+            return learnt, {"steps": result.steps}
         correction = self._own.correction(self.state)
         result = self.trainer.train_round(start, self._random, round_no, correction=correction)
         self._own.trained(start, result.update, correction, round_no)
@@ -324,7 +327,7 @@ class SiteRun:
             weight = self.plan.cohort.weight(self.config.name)
             return self.layout.pack(vector, weight, counts, random.bytes(32))
         if not self._trains():
-            return self.layout.pack_integers(np.zeros(self.layout.sent, dtype=np.int64), counts)
+            return self.layout.pack_integers(np.zeros(self.layout.learnt, dtype=np.int64), counts)
         sums = noisy_integers(self.layout.of_sent(vector), self.layout.share, random)
         return self.layout.pack_integers(sums, counts)
 

@@ -65,6 +65,8 @@ class RoundResult:
 
     Attributes:
         update: local parameters less the starting ones, float32, shape (d,).
+        votes: In mode `distributed`: how many drawn patients' norms were within the clip norm, less
+            how many were not; it has no noise yet.
         steps: noisy steps taken, to be charged; every step counts, an empty draw, too.
         log: facts for the site's own log alone.
     """
@@ -72,6 +74,7 @@ class RoundResult:
     update: FlatVector
     steps: int
     log: RoundLog
+    votes: int = 0
 
 
 class LocalTrainer:
@@ -123,6 +126,7 @@ class LocalTrainer:
         self.data = data
         self.steps_taken = 0
         self._step_key = b""
+        self._within = 0
         self.private = plan.privacy.mode != "none"
         self.device = choose_device(device)
         self._measuring = measuring
@@ -228,11 +232,25 @@ class LocalTrainer:
         log = RoundLog(time.perf_counter() - began, tuple(drawn), seen)
         return RoundResult(update, len(drawn), log)
 
-    def clipped_sum(self, start: FlatVector, random: ChaChaRandom, round_no: int) -> RoundResult:
+    def clipped_sum(
+        self,
+        start: FlatVector,
+        random: ChaChaRandom,
+        round_no: int,
+        *,
+        clip_norm: float | None = None,
+    ) -> RoundResult:
         """The sum of one Poisson batch's clipped gradients at `start`, without noise.
 
         For mode `distributed`: the caller adds the site's share of the noise in the ring before
         anything leaves. An empty draw gives zeros, and the site sends noise alone.
+
+        Args:
+            start: Parameters, float32, shape (d,); not modified.
+            random: The site's stream.
+            round_no: The round, 1 or more.
+            clip_norm: Of this round, where it adapts; the sum is scaled by the plan's own over it,
+                so that a patient moves it by the plan's clip norm at most, whatever it is.
 
         Raises:
             SensitivityError: a record's gradient cannot be told from another's.
@@ -241,6 +259,8 @@ class LocalTrainer:
             raise ConfigError("a clipped sum needs a private mode with Poisson draws")
         require(not self._measuring, "a trainer that measures sensitivity trains no round")
         began = time.perf_counter()
+        planned = self.plan.privacy.promise[2]
+        self._clipper.max_grad_norm = clip_norm or planned
         self._begin(start)
         stream = random.fresh_child(f"round {round_no}")
         batch = stream.sample(self.data.patient_count, self.plan.training.sample_rate)
@@ -249,7 +269,10 @@ class LocalTrainer:
             seen = self._sum_patients(batch)
         self.steps_taken += 1
         log = RoundLog(time.perf_counter() - began, (len(batch),), seen)
-        return RoundResult(self._clipper.finish_sum().numpy(), 1, log)
+        total = self._clipper.finish_sum()
+        if clip_norm is not None:
+            total *= planned / clip_norm
+        return RoundResult(total.numpy(), 1, log, 2 * self._within - len(batch))
 
     def gradient(
         self,
@@ -350,6 +373,7 @@ class LocalTrainer:
 
     def _sum_fits(self, batch: NDArray[np.int64], counts: NDArray[np.int64]) -> bool:
         """Start the step's sum and add all patients; False where memory ran out on the way."""
+        self._within = 0
         if self._clipper is not None:
             self._clipper.begin_step()
         else:
@@ -394,7 +418,9 @@ class LocalTrainer:
         loss = self._losses(inputs.to(self.device), rows.repeat_interleave(each))
         loss = (loss * shares).sum()
         if self._engine is not None:
-            self._engine.add(loss, owners, len(patients))
+            norms = self._engine.add(loss, owners, len(patients))
+            if self.plan.privacy.adaptive_clip.quantile and self._clipper is not None:
+                self._within += int((norms <= self._clipper.max_grad_norm).sum())
         else:
             torch.autograd.backward(loss)
 

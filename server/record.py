@@ -27,6 +27,7 @@ from shared.layout import VectorLayout
 from shared.messages import decode
 from shared.metrics import LEVEL, Reading
 from shared.models import plan_spec
+from shared.optimizers import ModelState
 from shared.plan import StudyPlan
 from shared.privacy import GRID, count_promise_of, epsilon_of, noise_multiplier_of
 from shared.released import model_files
@@ -200,12 +201,18 @@ def _privacy(plan: StudyPlan, outcome: StudyOutcome) -> dict[str, Any]:
         "delta": delta,
         "target_epsilon": epsilon,
         "clip_norm": plan.privacy.clip_norm,
+        **_adapted(outcome.state),
         "accountant": f"PLD (dp-accounting), grid {GRID:g}",
         "relation": "add or remove one patient",
         "sampling": "Poisson" if plan.learns else "none: every patient counts once",
         "sites": sites,
         **_evaluation(plan),
     }
+
+
+def _adapted(state: ModelState) -> dict[str, float]:
+    """Where the clip norm stood at the end, of a plan that adapts it."""
+    return {"last_clip_norm": float(state.clip_norm[0])} if len(state.clip_norm) else {}
 
 
 def _evaluation(plan: StudyPlan) -> dict[str, Any]:

@@ -154,6 +154,7 @@ def _counting(results: Results) -> list[tuple[str, Child]]:
     mode = facts.mode(results) or ""
     sampling = text(results, "privacy", "sampling")
     delta, clip = number(results, "privacy", "delta"), number(results, "privacy", "clip_norm")
+    last = number(results, "privacy", "last_clip_norm")
     if sampling.casefold() == "poisson":
         sampling += ": in each step every patient is drawn or not, independently of the others"
     return [
@@ -163,5 +164,14 @@ def _counting(results: Results) -> list[tuple[str, Child]]:
         ("Accountant", text(results, "privacy", "accountant")),
         ("Mode", _MODES.get(mode, mode)),
         ("δ", f"{facts.delta_text(delta)}, a chance of {facts.small_chance(delta)}"),
-        *([("Clip norm", f"{facts.short(clip)}, {_CLIP}")] if clip is not None else []),
+        *([("Clip norm", _clip_norm(clip, last))] if clip is not None else []),
     ]
+
+
+def _clip_norm(start: float, last: float | None) -> str:
+    if last is None:
+        return f"{facts.short(start)}, {_CLIP}"
+    return (
+        f"{facts.short(start)} at the start and {facts.short(last)} at the end, {_CLIP}; it "
+        "follows a noised vote of the patients, which the noise covers"
+    )

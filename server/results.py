@@ -131,6 +131,7 @@ _PRIVACY = _table(
         "delta": _SHARE,
         "target_epsilon": _AMOUNT,
         "clip_norm": _AMOUNT,
+        "last_clip_norm": _AMOUNT,
         "accountant": _TEXT,
         "relation": _TEXT,
         "sampling": _TEXT,

@@ -72,23 +72,26 @@ def noise_share(plan: StudyPlan, parameters: int) -> NoiseShare:
     if sigma is None or plan.privacy.mode != "distributed":
         raise ConfigError(f"mode {plan.privacy.mode!r} has no distributed noise")
     _, _, clip_norm = plan.privacy.promise
+    adaptive = plan.privacy.adaptive_clip
+    # A patient's clipped gradient and vote together (shared/PRIVACY.md, "Adaptive clipping").
+    weighs, length = clip_norm * adaptive.stretch, parameters + adaptive.coordinates
     cohort = plan.cohort
     sites, honest = len(cohort.sites), cohort.threshold - cohort.colluders
     half = 1 << (plan.secure_sum.bits - 1)
     spread = WRAP_DEVIATIONS * math.sqrt(sites / honest)
     # sites * clamp + spread * (sigma * sensitivity + eta) must stay below half the ring.
-    root = math.sqrt(parameters)
+    root = math.sqrt(length)
     room = half - 1 - spread * (sigma * root + SMOOTHING)
     largest = largest_coordinate(plan)
-    per_unit = sites * largest + spread * sigma * clip_norm * (1 + FLOAT_SLACK)
+    per_unit = sites * largest + spread * sigma * weighs * (1 + FLOAT_SLACK)
     scale = math.floor(room / per_unit) if room > 0 else 0
     require(
-        scale > 0 and root <= ROUNDING_SHARE * clip_norm * scale,
+        scale > 0 and root <= ROUNDING_SHARE * weighs * scale,
         f"a ring of {plan.secure_sum.bits} bits is too small for {parameters} parameters at "
         f"{sites} sites: rounding would add more than {ROUNDING_SHARE:.0%} to the sensitivity. "
         "Take secure_sum.bits = 32, or a smaller secure_sum.clip_range.",
     )
-    sensitivity = clip_norm * scale * (1 + FLOAT_SLACK) + root
+    sensitivity = weighs * scale * (1 + FLOAT_SLACK) + root
     deviation = math.sqrt(((sigma * sensitivity) ** 2 + SMOOTHING**2) / honest)
     require(
         deviation >= 2 * SMOOTHING,

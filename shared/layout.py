@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -24,6 +24,7 @@ class VectorLayout:
     """What one masked vector holds: the model update, then the evaluation counts as digits.
 
     Coordinates of layers that stay at each site are left out of it; an update has zeros there.
+    Between the two is the sum of votes on the clip norm, where the plan adapts it.
     """
 
     plan: StudyPlan
@@ -73,11 +74,16 @@ class VectorLayout:
     def _exact(self) -> bool:
         return self.count_noise is not None and not self.count_noise.deviation
 
+    @property
+    def learnt(self) -> int:
+        """Coordinates of what training sends: those of the model, and the votes' if there are."""
+        return self.sent + self.plan.privacy.adaptive_clip.coordinates
+
     @cached_property
     def length(self) -> int:
         """Coordinates of the whole vector."""
         lanes = self.ring.lanes(self._most) if self._exact else 1
-        return self.sent + self.counts * lanes
+        return self.learnt + self.counts * lanes
 
     @property
     def _most(self) -> int:
@@ -119,12 +125,47 @@ class VectorLayout:
         """The vector of one site in mode `distributed`: noisy integers, reduced into the ring.
 
         Args:
-            sums: int64, shape (sent,), in ring units, noise included.
+            sums: int64, shape (learnt,), in ring units, noise included.
             counts: int64, shape (counts,), in units, noise included.
         """
         return np.concatenate([self._reduced(sums), self._tail(counts)])
 
-    def update_of(self, total: RingVector, contributors: tuple[str, ...]) -> FlatVector:
+    def clip_norm(self, state: ModelState) -> float:
+        """What a patient's gradient is clipped to in a round that starts from `state`."""
+        return float(state.clip_norm[0]) if len(state.clip_norm) else self.plan.privacy.promise[2]
+
+    def vote(self, votes: int) -> FlatVector:
+        """A site's votes on the clip norm as it sends them, in units of its clipped sum.
+
+        Returns:
+            float32, shape (1,), or (0,) where the plan adapts nothing.
+        """
+        privacy = self.plan.privacy
+        unit = privacy.adaptive_clip.weight * (privacy.clip_norm or 0.0)
+        return np.full(privacy.adaptive_clip.coordinates, unit * votes, dtype=np.float32)
+
+    def _next_clip_norm(
+        self, state: ModelState, total: RingVector, contributors: tuple[str, ...]
+    ) -> FlatVector:
+        if self.share is None or self.learnt == self.sent:
+            return state.clip_norm
+        adaptive, start = self.plan.privacy.adaptive_clip, self.plan.privacy.promise[2]
+        within = adaptive.within(self.votes_of(total), divisor(self.plan, contributors))
+        moved = adaptive.next_norm(self.clip_norm(state), within, start)
+        return np.array([moved], dtype=np.float32)
+
+    def votes_of(self, total: RingVector) -> float:
+        """The sum of votes on the clip norm in a published sum, noise included; 0.0 without any."""
+        if self.share is None or self.learnt == self.sent:
+            return 0.0
+        unit = self.plan.privacy.adaptive_clip.weight * self.plan.privacy.promise[2]
+        return float(self.ring.signed(total[self.sent : self.learnt])[0]) / (
+            self.share.scale * unit
+        )
+
+    def update_of(
+        self, total: RingVector, contributors: tuple[str, ...], clip_norm: float | None = None
+    ) -> FlatVector:
         """The update that a published sum stands for.
 
         In mode `local` the sites' weighted mean; in mode `distributed` one step against the
@@ -133,12 +174,14 @@ class VectorLayout:
         Args:
             total: uint32, shape (length,).
             contributors: The sites in the sum, whose public weights divide it.
+            clip_norm: The round's; None for the plan's own, in whose units sums are sent.
 
         Returns:
             float32, shape (parameters,).
         """
         if self.share is not None:
-            rate = self.plan.training.learning_rate
+            start = self.plan.privacy.promise[2]
+            rate = self.plan.training.learning_rate * ((clip_norm or start) / start)
             unit = -rate / (self.share.scale * divisor(self.plan, contributors))
             step = self.ring.signed(total[: self.sent]) * np.float64(unit)
             return self._whole(step.astype(np.float32))
@@ -153,8 +196,9 @@ class VectorLayout:
         """The model after a published sum; every site and the server compute the same."""
         weights = {name: self.plan.cohort.weight(name) for name in self.plan.cohort.names}
         share = sum(weights[name] for name in sorted(contributors)) / sum(weights.values())
-        update = self.update_of(total, contributors)
-        return apply_update(self.plan.optimizer, state, update, share=share)
+        update = self.update_of(total, contributors, self.clip_norm(state) if self.share else None)
+        moved = apply_update(self.plan.optimizer, state, update, share=share)
+        return replace(moved, clip_norm=self._next_clip_norm(state, total, contributors))
 
     def counts_of(self, total: RingVector) -> NDArray[np.float64]:
         """The summed counts of a published sum, in patients: float64, shape (counts,).
@@ -162,7 +206,7 @@ class VectorLayout:
         Raises:
             ProtocolError: an exact count is larger than honest sites can make it.
         """
-        tail = total[self.sent :]
+        tail = total[self.learnt :]
         if self.count_noise is None:
             return np.zeros(0)
         if self._exact:

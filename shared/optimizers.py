@@ -14,7 +14,7 @@ common one follows from the summed update. Both are kept as updates over a round
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -32,19 +32,22 @@ class ModelState:
             variate too; (0,) where there is none.
         second_moment: float32, shape (d,); shape (0,) where the optimiser has none.
         round_no: Rounds whose sums have been applied, 0 for the plan's starting point.
+        clip_norm: float32, shape (1,), where the plan adapts it and a round moved it; else (0,).
     """
 
     parameters: FlatVector
     first_moment: FlatVector
     second_moment: FlatVector
     round_no: int
+    clip_norm: FlatVector = field(default_factory=lambda: np.zeros(0, dtype=np.float32))
 
     def digest(self) -> bytes:
-        """sha256 over round, parameters and moments, 32 bytes: what all sites must agree on."""
+        """sha256 over round, parameters, moments, clip norm: what all sites must agree on."""
         h = hashlib.sha256(b"fedward-model/1" + self.round_no.to_bytes(8, "little"))
         for part in (self.parameters, self.first_moment, self.second_moment):
             h.update(len(part).to_bytes(8, "little"))
             h.update(np.ascontiguousarray(part, dtype="<f4").tobytes())
+        h.update(self.clip_norm.astype("<f4").tobytes())
         return h.digest()
 
 

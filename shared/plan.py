@@ -20,6 +20,7 @@ from shared.config import canonical_json, later, parse, read_toml, require
 from shared.errors import ConfigError
 from shared.evaluation_plan import EvaluationPlan, StatisticsPlan
 from shared.model_plan import NAME, ModelPlan
+from shared.privacy_plan import PrivacyPlan
 from shared.task_plan import TaskPlan
 from shared.version import specifier
 
@@ -116,52 +117,6 @@ class OptimizerPlan:
             value = getattr(self, name)
             require(0 <= value < 1, f"{name} is {value:g}; valid: 0 up to below 1")
         require(self.tau > 0, f"tau is {self.tau:g}; it must be above 0")
-
-
-@dataclass(frozen=True)
-class PrivacyPlan:
-    """The promise to each patient of one site: (epsilon, delta) over the whole study.
-
-    In mode `local` every site adds all the noise itself, and nobody is trusted. In `distributed`
-    a round is one step over all sites' patients, and each site adds a share of the noise, sized
-    so that the shares of `threshold - colluders` sites are enough (shared/PRIVACY.md).
-    `noise_multiplier` is normally left out: each site calibrates it to the promise. Given, it
-    must keep the promise. Mode `none` exists in the simulator only; every site refuses it.
-    """
-
-    mode: Literal["local", "distributed", "none"]
-    epsilon: float | None = None
-    delta: float | None = None
-    clip_norm: float | None = None
-    noise_multiplier: float | None = None
-    unit: Literal["patient"] = "patient"
-
-    def __post_init__(self) -> None:
-        if self.mode == "none":
-            return
-        for name in ("epsilon", "delta"):
-            require(getattr(self, name) is not None, f"mode {self.mode!r} needs {name}")
-        epsilon, delta = self.budget
-        require(epsilon > 0, f"epsilon is {epsilon:g}; it must be above 0")
-        require(0 < delta <= 1e-2, f"delta is {delta:g}; valid: above 0, at most 0.01")
-        clip = self.clip_norm
-        require(clip is None or clip > 0, f"clip_norm is {clip or 0:g}; it must be above 0")
-        if self.noise_multiplier is not None:
-            require(self.noise_multiplier > 0, "noise_multiplier must be above 0")
-
-    @property
-    def budget(self) -> tuple[float, float]:
-        """(epsilon, delta) of the whole study; ConfigError where privacy is off."""
-        if self.epsilon is None or self.delta is None:
-            raise ConfigError(f"mode {self.mode!r} promises no epsilon and delta")
-        return self.epsilon, self.delta
-
-    @property
-    def promise(self) -> tuple[float, float, float]:
-        """(epsilon, delta, clip_norm); ConfigError where privacy is off."""
-        if self.epsilon is None or self.delta is None or self.clip_norm is None:
-            raise ConfigError(f"mode {self.mode!r} promises no epsilon, delta and clip_norm")
-        return self.epsilon, self.delta, self.clip_norm
 
 
 @dataclass(frozen=True)
@@ -314,6 +269,10 @@ class StudyPlan:
         return self.task.kind != "statistics"
 
     def _check_counting(self) -> None:
+        require(
+            not self.privacy.adaptive_clip.quantile,
+            "privacy: adaptive_clip is for training; leave it out of a study of kind 'statistics'",
+        )
         for name, what in (("rounds", "a round of training"), ("sample_rate", "sampling")):
             require(
                 not getattr(self.training, name),
@@ -358,6 +317,17 @@ class StudyPlan:
             require(
                 self.optimizer.name != "fedprox",
                 "optimizer: fedprox changes several local steps; mode 'distributed' has one",
+            )
+        if self.privacy.adaptive_clip.quantile:
+            require(
+                not self.model.personal,
+                "privacy: adaptive_clip with layers of a site's own (model.personal) is not built; "
+                "leave one of them out",
+            )
+            require(
+                self.privacy.adaptive_clip.weight <= self.secure_sum.clip_range,
+                "privacy: adaptive_clip.weight is above secure_sum.clip_range, so votes would be "
+                "cut; lower the one or raise the other",
             )
         if self.optimizer.name == "scaffold":
             require(

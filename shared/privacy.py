@@ -318,6 +318,14 @@ def describe(plan: StudyPlan) -> str:
             f"grid {GRID:g}."
         )
     _, delta, clip = plan.privacy.promise
+    adaptive = plan.privacy.adaptive_clip
+    moves, covers = "", f"{sigma:g} times that norm"
+    if adaptive.quantile:
+        moves = (
+            f", which then follows a noised vote of the patients ({clip / adaptive.reach:g} to "
+            f"{clip * adaptive.reach:g})"
+        )
+        covers = f"{sigma * adaptive.stretch:g} times that norm, which covers the vote, too"
     rate, steps = _sample_rate(plan), steps_of(plan)
     cost = epsilon_of(sigma, rate, steps, delta)
     return (
@@ -325,7 +333,7 @@ def describe(plan: StudyPlan) -> str:
         f"whole study of {steps} steps: with or without one patient and all of that patient's "
         f"records (add or remove), what leaves is nearly as likely. Each step draws every patient "
         f"independently with rate {rate:g} (Poisson), clips a patient's gradient to norm "
-        f"{clip:g}, and adds Gaussian noise of {sigma:g} times that norm. A patient of k sites "
+        f"{clip:g}{moves}, and adds Gaussian noise of {covers}. A patient of k sites "
         f"has k times the sensitivity. Accountant: dp-accounting, PLD, grid {GRID:g}."
         + (f" {counts}" if (counts := _describe_counts(plan)) else "")
     )

@@ -323,7 +323,9 @@ def state_to_bytes(state: ModelState) -> bytes:
     """A model state as bytes, for a site's store and a checkpoint."""
     parts = (state.parameters, state.first_moment, state.second_moment)
     head = _STATE.pack(b"FWM2", state.round_no, *(len(part) for part in parts))
-    return head + b"".join(part.astype("<f4", copy=False).tobytes() for part in parts)
+    return head + b"".join(
+        part.astype("<f4", copy=False).tobytes() for part in (*parts, state.clip_norm)
+    )
 
 
 def state_from_bytes(data: bytes) -> ModelState:
@@ -335,8 +337,9 @@ def state_from_bytes(data: bytes) -> ModelState:
     if len(data) < _STATE.size or data[:4] != b"FWM2":
         raise ProtocolError("the stored model state is damaged; restore the site's backup")
     _, round_no, *lengths = _STATE.unpack_from(data)
-    if len(data) != _STATE.size + 4 * sum(lengths):
+    beyond = len(data) - _STATE.size - 4 * sum(lengths)
+    if beyond not in (0, 4):
         raise ProtocolError("the stored model state is cut short; restore the site's backup")
     vectors = np.frombuffer(data, "<f4", offset=_STATE.size).astype(np.float32)
-    parameters, first, second = np.split(vectors, np.cumsum(lengths)[:2])
-    return ModelState(parameters, first, second, round_no)
+    parameters, first, second, clip_norm = np.split(vectors, np.cumsum(lengths))
+    return ModelState(parameters, first, second, round_no, clip_norm)

@@ -21,8 +21,9 @@ from shared.evaluation_plan import EvaluationPlan
 from shared.models import initial_parameters
 from shared.optimizers import apply_update, initial_state
 from shared.parameters import FlatVector
-from shared.plan import OptimizerPlan, PrivacyPlan, SitePlan, StudyPlan
+from shared.plan import OptimizerPlan, SitePlan, StudyPlan
 from shared.privacy import epsilon_of, noise_multiplier_of
+from shared.privacy_plan import PrivacyPlan
 from shared.statistics import Records
 from simulations.hospitals import Hospital
 from simulations.sites import noise_seed

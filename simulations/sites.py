@@ -91,7 +91,7 @@ def _policy(plan: StudyPlan, roster: Mapping[str, bytes]) -> str:
         "max_delta": delta,
         "composition": "filter",
         "min_noise_multiplier": noise,
-        "max_clip_norm": plan.privacy.clip_norm or 1e-3,
+        "max_clip_norm": plan.privacy.largest_clip_norm or 1e-3,
         "modes": [plan.privacy.mode],
         "min_sites": cohort.threshold,
         "min_honest": cohort.threshold - cohort.colluders,

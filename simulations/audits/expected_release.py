@@ -62,5 +62,8 @@ def site_noise(plan: StudyPlan, noise: float, parameters: int, scale: int | None
         return noise
     _, _, clip = plan.privacy.promise
     honest = plan.cohort.threshold - plan.cohort.colluders
-    sensitivity = clip * 1.001 + math.sqrt(parameters) / scale
+    votes = plan.privacy.adaptive_clip
+    weighs = math.hypot(1, votes.weight) if votes.quantile else 1.0
+    coordinates = parameters + (1 if votes.quantile else 0)
+    sensitivity = clip * weighs * 1.001 + math.sqrt(coordinates) / scale
     return math.sqrt(((noise * sensitivity) ** 2 + (2.0 / scale) ** 2) / honest) / clip

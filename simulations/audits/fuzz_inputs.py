@@ -172,10 +172,12 @@ def _draw_plan(known: Sequence[dict[str, Any]], rng: random.Random) -> Drawn:
 
 def _draw_state(rng: random.Random) -> Drawn:
     draws = np.random.default_rng(rng.randrange(2**32))
-    length, second = rng.randrange(5), rng.choice((0, 3))
-    vectors = [draws.normal(size=n).astype(np.float32) for n in (length, length, second)]
-    data = state_to_bytes(ModelState(vectors[0], vectors[1], vectors[2], rng.randrange(2**40)))
-    cuts = (0, 4, 12, 20, 28, 28 + 4 * length, 28 + 8 * length, len(data))
+    length, second, clip = rng.randrange(5), rng.choice((0, 3)), rng.choice((0, 1))
+    vectors = [draws.normal(size=n).astype(np.float32) for n in (length, length, second, clip)]
+    model, first, moments, norm = vectors
+    data = state_to_bytes(ModelState(model, first, moments, rng.randrange(2**40), norm))
+    ends = np.cumsum([36, 4 * length, 4 * length, 4 * second]).tolist()
+    cuts = (0, 4, 12, 20, 28, *ends, len(data))
     return Drawn(tuple(data[a:b] for a, b in pairwise(cuts)))
 
 

@@ -52,6 +52,7 @@ from simulations.audits.site_probe import (
     system_randomness,
     write_probed_sites,
 )
+from simulations.audits.vote_probes import vote_checks
 
 FIRST = 0.004
 """A check that fails at this level is repeated on fresh randomness."""
@@ -163,6 +164,8 @@ def parts_of(
     if plan.evaluation.release == "noised":
         parts.append(("counts", 2.0, lambda: count_checks(plan, setting, rng, effort)))
         parts.append(("own counts", 0.1, lambda: (own_count_checks(own, rng), "")))
+    if own.privacy.adaptive_clip.quantile:
+        parts.append(("votes", 1.0, lambda: (vote_checks(setting), "")))
     if own.model.personal:
         parts.append(("own layers", 1.0, lambda: (own_layer_checks(own, setting), "")))
     if own.optimizer.name == "scaffold" and setting.step_plan.privacy.mode == "local":

@@ -41,8 +41,9 @@ from shared.errors import AuditError
 from shared.layout import VectorLayout
 from shared.model_plan import ModelPlan
 from shared.models import initial_parameters
-from shared.plan import CohortPlan, PrivacyPlan, SitePlan, StudyPlan, TrainingPlan
+from shared.plan import CohortPlan, SitePlan, StudyPlan, TrainingPlan
 from shared.privacy import epsilon_of
+from shared.privacy_plan import PrivacyPlan
 from shared.secagg.ring import RingVector
 from shared.task_plan import FeaturePlan, TaskPlan
 from simulations.benchmarks.report import Row, parser, publish

@@ -164,12 +164,14 @@ class Release:
         counts: Noised counts, in patients, float64 (cells,); noise alone, or zeros, where none
             are due.
         counted: As `charged`, releases of counts.
+        votes: Noised votes on the clip norm; 0 where the plan adapts nothing.
     """
 
     sums: Vectors
     charged: int
     counts: NDArray[np.float64]
     counted: int
+    votes: float = 0.0
 
 
 class ProbedSite:
@@ -213,6 +215,10 @@ class ProbedSite:
         self._put(replace(self.run.state, parameters=start))
         self._start = start
 
+    def set_clip_norm(self, norm: float) -> None:
+        """Clip to this norm from now on, as if published votes had led there."""
+        self._put(replace(self.run.state, clip_norm=np.array([norm], dtype=np.float32)))
+
     def _put(self, state: ModelState) -> None:
         """Let the run stand at another model or round, as if a sum of zero was published."""
         with self.run.transaction():
@@ -245,7 +251,8 @@ class ProbedSite:
         if taken is None:
             raise RuntimeError("the site masked nothing")
         counts = self.run.layout.counts_of(taken)
-        return Release(self._sums(taken), self._charged, counts, self._counted)
+        votes = self.run.layout.votes_of(taken)
+        return Release(self._sums(taken), self._charged, counts, self._counted, votes)
 
     def interrupted(self) -> None:
         """Train for the next round, and fail before its vector leaves; the round can come again."""
