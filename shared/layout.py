@@ -163,9 +163,7 @@ class VectorLayout:
             self.share.scale * unit
         )
 
-    def update_of(
-        self, total: RingVector, contributors: tuple[str, ...], clip_norm: float | None = None
-    ) -> FlatVector:
+    def update_of(self, total: RingVector, contributors: tuple[str, ...]) -> FlatVector:
         """The update that a published sum stands for.
 
         In mode `local` the sites' weighted mean; in mode `distributed` one step against the
@@ -174,14 +172,12 @@ class VectorLayout:
         Args:
             total: uint32, shape (length,).
             contributors: The sites in the sum, whose public weights divide it.
-            clip_norm: The round's; None for the plan's own, in whose units sums are sent.
 
         Returns:
             float32, shape (parameters,).
         """
         if self.share is not None:
-            start = self.plan.privacy.promise[2]
-            rate = self.plan.training.learning_rate * ((clip_norm or start) / start)
+            rate = self.plan.training.learning_rate
             unit = -rate / (self.share.scale * divisor(self.plan, contributors))
             step = self.ring.signed(total[: self.sent]) * np.float64(unit)
             return self._whole(step.astype(np.float32))
@@ -196,7 +192,9 @@ class VectorLayout:
         """The model after a published sum; every site and the server compute the same."""
         weights = {name: self.plan.cohort.weight(name) for name in self.plan.cohort.names}
         share = sum(weights[name] for name in sorted(contributors)) / sum(weights.values())
-        update = self.update_of(total, contributors, self.clip_norm(state) if self.share else None)
+        update = self.update_of(total, contributors)
+        if len(state.clip_norm):  # sums are in units of the plan's own clip norm
+            update *= np.float32(self.clip_norm(state) / self.plan.privacy.promise[2])
         moved = apply_update(self.plan.optimizer, state, update, share=share)
         return replace(moved, clip_norm=self._next_clip_norm(state, total, contributors))
 
