@@ -23,7 +23,7 @@ def rings():
     Bell.inherited(os.environ).ring()
 
 def listens():
-    print("heard", Bell.inherited(os.environ).wait(20), flush=True)
+    print("heard", Bell.inherited(os.environ).wait(60), flush=True)
 """
 
 
@@ -73,7 +73,7 @@ def to_its_end(function: str, bell: Bell, folder: Path) -> None:
     thread = threading.Thread(target=supervisor.keep)
     thread.start()
     try:
-        wait_for(function, lambda: supervisor.health()["processes"][function]["restarts"], 30)
+        wait_for(function, lambda: supervisor.health()["processes"][function]["restarts"], 120)
     finally:
         supervisor.stop()
         thread.join()

@@ -97,7 +97,7 @@ class Guide:
         assert words[0] == "fedward-server"
         if words[1] == "up":
             self.start("server", self.desk, words)
-            wait_for("the server", lambda: self.online() == set(NAMES), 180)
+            wait_for("the server", lambda: self.online() == set(NAMES), 600)
         elif words[1] == "run":
             for name in NAMES:
                 for look in self.looks:
@@ -180,7 +180,7 @@ class Guide:
             if process.popen.poll() is None:
                 process.popen.terminate()
         for process in self.processes:
-            process.popen.wait(60)
+            process.popen.wait(120)
 
     def words(self) -> str:
         files = [*self.base.glob("*.out"), *self.base.rglob("logs/*.log")]
@@ -255,11 +255,11 @@ def finished(guide: Guide) -> None:
 def revoked(guide: Guide) -> None:
     """Section 9: a site that is revoked is out of the running server and of the next study."""
     guide.at_the_desk("fedward-server project revoke west --reason test")
-    wait_for("west to be refused", lambda: guide.online() == {"north", "south"}, 60)
+    wait_for("west to be refused", lambda: guide.online() == {"north", "south"}, 300)
     log = guide.site("west").path / "logs" / "supernode.log"
-    wait_for("west to notice", lambda: "Failed to initialize" in log.read_text(), 120)
+    wait_for("west to notice", lambda: "Failed to initialize" in log.read_text(), 300)
     again = guide.start("again", guide.desk, ["fedward-server", "run", "plan.toml"])
-    assert again.popen.wait(60) == 2
+    assert again.popen.wait(300) == 2
     assert "west" in again.text
     guide.processes.remove(again)
 

@@ -79,14 +79,14 @@ def forward_proxy(*, allows: bool = True) -> Iterator[tuple[str, list[str]]]:
             raw.sendall(b"HTTP/1.1 403 Forbidden\r\n\r\n")
             return
         host, _, port = words[1].rpartition(":")
-        with socket.create_connection((host, int(port)), 5) as onward:
+        with socket.create_connection((host, int(port)), 60) as onward:
             raw.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
             raw.settimeout(None)
             onward.settimeout(None)
             back = threading.Thread(target=_pump, args=(onward, raw), daemon=True)
             back.start()
             _pump(raw, onward)
-            back.join(5)
+            back.join(60)
 
     with _serving(answer) as port:
         yield f"http://127.0.0.1:{port}", asked
@@ -116,7 +116,7 @@ def opening_proxy(
         outside = ssl.create_default_context(cafile=trusts)
         with (
             inside.wrap_socket(raw, server_side=True) as site,
-            socket.create_connection((host, int(port)), 5) as onward,
+            socket.create_connection((host, int(port)), 60) as onward,
             outside.wrap_socket(onward, server_hostname=host) as server,
         ):
             server.settimeout(None)
@@ -159,7 +159,7 @@ def _pump(source: socket.socket, target: socket.socket) -> None:
 def _serving(answer) -> Iterator[int]:  # type: ignore[no-untyped-def]
     class Handler(socketserver.BaseRequestHandler):
         def handle(self) -> None:
-            self.request.settimeout(5)
+            self.request.settimeout(60)
             with suppress(OSError):
                 answer(self.request)
 
@@ -175,8 +175,9 @@ def _serving(answer) -> Iterator[int]:  # type: ignore[no-untyped-def]
         thread.join()
 
 
-def closed_port() -> int:
-    """A port of loopback that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+@contextmanager
+def closed_port() -> Iterator[int]:
+    """A port of loopback that nobody listens on, and that nobody else can take meanwhile."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield int(taken.getsockname()[1])
