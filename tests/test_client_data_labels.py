@@ -90,7 +90,7 @@ def test_dates_become_ages(tmp_path: Path) -> None:
         ConfigError, match=r"'born' and 'seen' must hold dates.*data row 1"
     ) as caught:
         read_table(path, TableMapping(one_row_per_patient=True, columns=(odd,)), task)
-    assert "1950" not in str(caught.value)
+    assert "1950" not in str(caught.value).replace(str(path), "")
 
 
 def test_a_survival_table_is_read_whole(tmp_path: Path) -> None:
