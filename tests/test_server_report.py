@@ -187,7 +187,8 @@ def test_a_damaged_record_still_gives_a_page(data: st.DataObject) -> None:
             if isinstance(table, dict) and data.draw(st.booleans()):
                 del table[key]
             else:
-                table[key] = data.draw(JUNK)
+                # A copy: a later turn may change it, and the next example draws it again.
+                table[key] = copy.deepcopy(data.draw(JUNK))
             break
     check_page(render(record))
 
