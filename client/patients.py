@@ -94,13 +94,15 @@ class PatientKey:
             ConfigError: two identifiers are one but for spaces, case or leading zeros. They would
                 count as two patients in training, and as one here.
         """
-        names = [_normal(name) for name in patient_ids]
+        names = tuple(patient_ids)
+        found = self._of(self.tags(names))
         require(
-            len(set(names)) == len(names),
+            len(found.members) == len(names)
+            or len({_normal(name) for name in names}) == len(names),
             "two patient identifiers differ only in spaces, case or leading zeros. If they are one "
             "patient, the records must carry one identifier; privacy is counted by patient.",
         )
-        return self._of(b"patient " + name.encode() for name in names)
+        return found
 
     def tags(self, patient_ids: Iterable[str]) -> Members:
         """The keyed hash of each patient, in the order given: uint64."""
@@ -121,15 +123,17 @@ class PatientKey:
         Rows cannot be recognised in a changed file, so whatever was spent on any row of the
         dataset counts for all of them.
         """
-        return self._of([b"dataset " + dataset.encode()])
+        return self._of(self._hashes([b"dataset " + dataset.encode()]))
 
-    def _of(self, names: Iterable[bytes]) -> Population:
-        members = np.unique(self._hashes(names))
+    def _of(self, tags: Members) -> Population:
+        members = np.unique(tags)
         return Population(digest_of(members), members)
 
     def _hashes(self, names: Iterable[bytes]) -> Members:
-        tags = b"".join(hmac.digest(self._key, name, "sha256")[:8] for name in names)
-        return np.frombuffer(tags, dtype="<u8").astype(np.uint64, copy=False)
+        tags = bytearray()
+        for name in names:
+            tags += hmac.digest(self._key, name, "sha256")[:8]
+        return np.frombuffer(bytes(tags), dtype="<u8").astype(np.uint64, copy=False)
 
 
 def digest_of(members: Members) -> str:

@@ -136,8 +136,7 @@ class LocalTrainer:
         self._inputs = torch.from_numpy(np.ascontiguousarray(data.inputs))
         self._labels = torch.from_numpy(data.labels.astype(np.float32))
         used = plan.training.max_records_per_patient
-        self._records_of = tuple(rows[:used] for rows in data.records_of)
-        self._record_counts = np.array([len(rows) for rows in self._records_of], dtype=np.int64)
+        self._records_of = data.records_of.first(used)
         self.module = build(plan)
         check_model(self.module)
         self.module.to(self.device)
@@ -339,7 +338,7 @@ class LocalTrainer:
     def _shuffled_batch(self, random: ChaChaRandom) -> NDArray[np.int64]:
         """The next records of a pass over all; passes go on from round to round."""
         size = self.plan.training.batch_size or 1
-        records = np.concatenate(self._records_of)
+        records = self._records_of.together(np.arange(self.data.patient_count))
         epoch, position = divmod(self.steps_taken, -(-len(records) // size))
         order = random.child(f"epoch {epoch}").permutation(len(records))
         return records[order[position * size : (position + 1) * size]]
@@ -365,7 +364,7 @@ class LocalTrainer:
 
     def _sum_patients(self, batch: NDArray[np.int64]) -> int:
         """Add up a batch's gradients, clipped in private modes; return how many records it read."""
-        counts = self._record_counts[batch]
+        counts = self._records_of.counts[batch]
         while not self._sum_fits(batch, counts):
             # From the start: some layers of the last physical batch may be in the sum already.
             self._use_less_memory()
@@ -406,7 +405,7 @@ class LocalTrainer:
         """Add some patients' gradients, clipped in private modes, to the step's sum."""
         augment = self.plan.training.augment
         each = max(1, augment.variants)
-        rows = torch.from_numpy(np.concatenate([self._records_of[p] for p in patients.tolist()]))
+        rows = torch.from_numpy(self._records_of.together(patients))
         owners = torch.from_numpy(np.repeat(np.arange(len(patients)), counts * each))
         owners = owners.to(self.device)
         shares = torch.from_numpy((1.0 / (counts * each)).astype(np.float32))

@@ -17,7 +17,7 @@ from training_cases import make_data, make_plan, model_plan
 
 import client.clipping
 from client.clipping import PatientClipper
-from client.data.dataset import PatientDataset
+from client.data.dataset import PatientDataset, RecordRows
 from client.guard import Measurement, check_sensitivity, leave_one_out, made_up_patients
 from client.noise import ChaChaRandom
 from client.training import LocalTrainer
@@ -296,7 +296,8 @@ class CountsRecordsNotPatients(LocalTrainer):
         for patient in patients:
             for row in self._records_of[patient]:
                 one = self._records_of
-                self._records_of = {patient: np.array([row])}  # type: ignore[assignment]
+                alone = np.ones(len(one), dtype=np.int64)
+                self._records_of = RecordRows(np.array([row]), alone * 0, alone)
                 super()._accumulate(np.array([patient]), np.array([1]))
                 self._records_of = one
 

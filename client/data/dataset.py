@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -11,6 +11,53 @@ from numpy.typing import NDArray
 
 from client.data.mapped import all_finite, taken
 from shared.config import require
+
+Rows = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RecordRows:
+    """The record rows of each patient, `of[patient]`: one array for all, not one object a patient.
+
+    Attributes:
+        rows: int64, the rows of the first patient, of the second, and so on.
+        starts: int64, shape (patients,), where each patient's begin.
+        counts: int64, likewise, how many each has.
+    """
+
+    rows: Rows
+    starts: Rows
+    counts: Rows
+
+    @classmethod
+    def of(cls, patients: Rows, patient_count: int) -> RecordRows:
+        """Each patient's rows in file order, from each record's patient."""
+        counts = np.bincount(patients, minlength=patient_count)
+        return cls(np.argsort(patients, kind="stable"), np.cumsum(counts) - counts, counts)
+
+    def __len__(self) -> int:
+        """How many patients there are."""
+        return len(self.starts)
+
+    def __getitem__(self, patient: int) -> Rows:
+        """One patient's rows."""
+        start = self.starts[patient]
+        return self.rows[start : start + self.counts[patient]]
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Every patient's rows in turn."""
+        return (self[patient] for patient in range(len(self)))
+
+    def first(self, most: int) -> RecordRows:
+        """The same with at most so many rows of each patient."""
+        return RecordRows(self.rows, self.starts, np.minimum(self.counts, most))
+
+    def together(self, patients: Rows) -> Rows:
+        """The rows of some patients, one patient after the other."""
+        counts = self.counts[patients]
+        shifts = self.starts[patients] - (np.cumsum(counts) - counts)
+        found: Rows = self.rows[np.repeat(shifts, counts) + np.arange(counts.sum())]
+        return found
 
 
 @dataclass(frozen=True)
@@ -37,9 +84,10 @@ class PatientDataset:
         n = len(self.inputs)
         require(len(self.labels) == n == len(self.patients), "inputs, labels, patients differ")
         require(all_finite(self.inputs), "an input value is not finite")
-        known = np.unique(self.patients)
+        count = len(self.patient_ids)
+        known = not n or (self.patients.min() >= 0 and self.patients.max() < count)
         require(
-            np.array_equal(known, np.arange(len(self.patient_ids))),
+            bool(known and np.bincount(self.patients, minlength=count).all()),
             "every patient must have a record, and every record a known patient",
         )
 
@@ -49,15 +97,13 @@ class PatientDataset:
         return len(self.patient_ids)
 
     @cached_property
-    def records_of(self) -> tuple[NDArray[np.int64], ...]:
+    def records_of(self) -> RecordRows:
         """The record rows of each patient, in file order."""
-        order = np.argsort(self.patients, kind="stable")
-        ends = np.cumsum(np.bincount(self.patients, minlength=self.patient_count))
-        return tuple(np.split(order, ends[:-1]))
+        return RecordRows.of(self.patients, self.patient_count)
 
     def select(self, patients: NDArray[np.int64]) -> PatientDataset:
         """The dataset of the given patients alone, renumbered in the given order."""
-        rows = np.concatenate([self.records_of[p] for p in patients.tolist()])
+        rows = self.records_of.together(patients)
         renumbered = np.full(self.patient_count, -1, dtype=np.int64)
         renumbered[patients] = np.arange(len(patients))
         return PatientDataset(

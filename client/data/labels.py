@@ -1,12 +1,12 @@
 """Labels of a hospital's file as the codes of the plan's task (shared/tasks.py).
 
-One function a kind of task, entered in `_READERS`. Messages name file, column and row number,
-never a value.
+One function a kind of task, entered in `_READERS`; it may see a file part by part. Messages name
+file, column and row number, never a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +26,22 @@ MISSING = -1
 
 @dataclass(frozen=True)
 class LabelColumn:
-    """One column of the label: where it stands, what it is called there, and its texts."""
+    """A part of one column of the label: where it stands, what it is called there, and its texts.
+
+    Attributes:
+        first: The part's first data row.
+        negatives: Texts seen so far in the column beside the positive one; the reader adds to it.
+    """
 
     path: Path
     column: str
     texts: Sequence[str | None]
+    first: int
+    negatives: set[str]
 
     def numbers(self) -> NDArray[np.float64]:
         """The column as numbers, NaN where missing; ConfigError where a text is none."""
-        return numbers_of(self.path, self.texts, self.column)
+        return numbers_of(self.path, self.texts, self.column, self.first)
 
 
 def label_columns(task: TaskPlan) -> tuple[str, ...]:
@@ -56,21 +63,43 @@ def read_labels(
     Raises:
         ConfigError: a text is no label of the plan, or a column is not there.
     """
-    absent = [name for name in label_columns(task) if name not in columns]
-    require(
-        not absent,
-        f"{path}: a task of kind {task.kind!r} needs the column {', '.join(map(repr, absent))} "
-        "beside the label, which only a table has.",
-    )
-    found = [
-        LabelColumn(
-            path,
-            mapping.of(name).column or name,
-            translate(columns[name], mapping.of(name), mapping.missing),
+    return read_label_parts(path, [columns], task, mapping)
+
+
+def read_label_parts(
+    path: Path, parts: Iterable[Mapping[str, Texts]], task: TaskPlan, mapping: TableMapping
+) -> Codes:
+    """The same, where the columns come in runs of rows, of which one is held at a time."""
+    names, codes, rows = label_columns(task), list[NDArray[np.int32]](), 0
+    negatives: set[str] = set()
+    for columns in parts:
+        absent = [name for name in names if name not in columns]
+        require(
+            not absent,
+            f"{path}: a task of kind {task.kind!r} needs the column "
+            f"{', '.join(map(repr, absent))} beside the label, which only a table has.",
         )
-        for name in label_columns(task)
-    ]
-    return _READERS[task.kind](task, found)
+        found = [
+            LabelColumn(
+                path,
+                mapping.of(name).column or name,
+                translate(columns[name], mapping.of(name), mapping.missing),
+                rows + 1,
+                negatives,
+            )
+            for name in names
+        ]
+        codes.append(_READERS[task.kind](task, found).astype(np.int32))
+        rows += len(codes[-1])
+    source = mapping.of(task.label).column or task.label
+    require(
+        len(negatives) <= 1,
+        f"{path}: column {source!r} has {len(negatives)} "
+        f"different labels besides {task.positive!r}; a task of kind {task.kind!r} needs one. Map "
+        f"each text to {task.positive!r} or to one other text (columns, name = {task.label!r}, "
+        "values = ...).",
+    )
+    return np.concatenate(codes, dtype=np.int64)
 
 
 def refuse_unusable_labels(
@@ -109,23 +138,17 @@ def class_of(task: TaskPlan, text: str) -> int:
 
 
 def _binary(task: TaskPlan, found: list[LabelColumn]) -> Codes:
-    """1 where a text means the plan's positive label, 0 for the one other text."""
+    """1 where a text means the plan's positive label, 0 for the others, of which there is one."""
     label = found[0]
-    present = [plain(t) for t in label.texts if t is not None]
-    negatives = set(present) - {plain(task.positive)}
-    require(
-        len(negatives) <= 1,
-        f"{label.path}: column {label.column!r} has {len(negatives)} different labels besides "
-        f"{task.positive!r}; a task of kind {task.kind!r} needs one. Map each text to "
-        f"{task.positive!r} or to one other text (columns, name = {task.label!r}, values = ...).",
-    )
+    label.negatives.update(plain(t) for t in label.texts if t is not None)
+    label.negatives.discard(plain(task.positive))
     return np.array([MISSING if t is None else class_of(task, t) for t in label.texts], np.int64)
 
 
 def _classes(task: TaskPlan, found: list[LabelColumn]) -> Codes:
     label = found[0]
     codes = [MISSING if t is None else class_of(task, t) for t in label.texts]
-    for row, (code, text) in enumerate(zip(codes, label.texts, strict=True), start=1):
+    for row, (code, text) in enumerate(zip(codes, label.texts, strict=True), label.first):
         if code == MISSING and text is not None:
             raise ConfigError(
                 f"{label.path}: column {label.column!r} has in data row {row} a text that is none "
@@ -148,7 +171,7 @@ def _values(task: TaskPlan, found: list[LabelColumn]) -> Codes:
 def _survival(task: TaskPlan, found: list[LabelColumn]) -> Codes:
     """2 j + e; a time on an edge belongs to the interval that it ends."""
     event, time = _binary(task, found[:1]), found[1].numbers()
-    negative = int(np.argmax(time < 0)) + 1 if (time < 0).any() else 0
+    negative = int(np.argmax(time < 0)) + found[1].first if (time < 0).any() else 0
     require(
         not negative,
         f"{found[1].path}: column {found[1].column!r} (the time of follow-up) is below 0 in data "

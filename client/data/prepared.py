@@ -15,20 +15,22 @@ from client.data.mapped import IN_MEMORY, Records, map_records, pieces_of, relea
 from shared.config import require
 from shared.errors import ConfigError
 
-_KINDS = {"<f4": "F32", "<i8": "I64"}
+_KINDS = {"<f4": "F32", "<i8": "I64", "|u1": "U8"}
 
 
 def write_prepared(data: PatientDataset, path: Path) -> None:
     """Write a dataset, patient ids included; for the site's own disk only.
 
-    The records go from one file to the other without being in memory at once.
+    The records go from one file to the other without being in memory at once. The identifiers are
+    JSON in an array of bytes: a safetensors header may have 100 MB, two million long ones.
     """
     arrays: dict[str, NDArray[Any]] = {
         "inputs": data.inputs,
         "labels": data.labels,
         "patients": data.patients,
+        "patient_ids": np.frombuffer(json.dumps(data.patient_ids).encode(), dtype=np.uint8),
     }
-    header: dict[str, Any] = {"__metadata__": {"patient_ids": json.dumps(data.patient_ids)}}
+    header: dict[str, Any] = {}
     end = 0
     for name, array in arrays.items():
         begin, end = end, end + array.nbytes
@@ -52,7 +54,7 @@ def read_prepared(path: Path) -> PatientDataset:
     """
     try:
         with safe_open(path, framework="numpy") as file:
-            ids = json.loads((file.metadata() or {})["patient_ids"])
+            ids = json.loads(file.get_tensor("patient_ids").tobytes())
             shape = tuple(file.get_slice("inputs").get_shape())
             kept = file.get_slice("inputs").get_dtype() == "F32"
             labels, patients = file.get_tensor("labels"), file.get_tensor("patients")

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TypedDict
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from client.data.columns import Texts, read_columns, read_parts
 from client.data.dataset import PatientDataset
-from client.data.labels import label_columns, read_labels, refuse_unusable_labels
+from client.data.labels import label_columns, read_label_parts, refuse_unusable_labels
 from client.data.mapped import Spool
 from client.data.mapping import TableMapping, numbers_of, plain, translate, years_between
 from shared.config import require
@@ -100,10 +101,10 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
     also = [mapping.patient, *(mapping.of(name).since for name in features)]
     needed = [*(sources[name] for name in features), *(column for column in also if column)]
     spelt = _Spelt(header=mapping.header, delimiter=mapping.delimiter)
-    table = read_columns(path, own, beside=needed, **spelt)
-    require(len(table[label]) > 0, f"{path} has no data rows. Check that the export is complete.")
-    labels = read_labels(path, {name: table[sources[name]] for name in labelled}, task, mapping)
-    del table
+    parts = read_parts(path, own, beside=needed, **spelt)
+    named = ({name: part[sources[name]] for name in labelled} for part in parts)
+    labels = read_label_parts(path, named, task, mapping)
+    require(len(labels) > 0, f"{path} has no data rows. Check that the export is complete.")
     gathered = _Gathered(path, mapping, task, sources, labels)
     for part in read_parts(path, needed, **spelt):
         gathered.add(part)
@@ -129,8 +130,7 @@ class _Gathered:
         self._path, self._mapping, self._task = path, mapping, task
         self._sources, self._labels = sources, labels
         self._spool, self._keep, self._rows = Spool(), np.ones(len(labels), dtype=np.bool_), 0
-        self._patients: dict[str, int] = {}
-        self._of_patient: list[NDArray[np.int64]] = []
+        self._owners: list[pa.DictionaryArray] = []
         self._nameless = 0
         self._lacking: dict[str, tuple[int, int]] = {}
         self._outside, self._missing = Counter[str](), Counter[str]()
@@ -149,8 +149,7 @@ class _Gathered:
         names, nameless = _patient_names(part, mapping, start, count)
         self._nameless = self._nameless or nameless
         kept = [n for n, k in zip(names, keep.tolist(), strict=True) if k]
-        index = [self._patients.setdefault(name, len(self._patients)) for name in kept]
-        self._of_patient.append(np.array(index, dtype=np.int64))
+        self._owners.append(pa.array(kept, pa.string()).dictionary_encode())
         if not self._lacking:
             self._spool.add(encode(task, columns, str(path)))
 
@@ -188,14 +187,14 @@ class _Gathered:
                 "'indicator')."
             )
         require(bool(keep.any()), f"{path}: every row is incomplete, so none is left.")
-        labels = self._labels[keep]
+        labels = self._labels if keep.all() else self._labels[keep]
         refuse_unusable_labels(path, label, labels, task, mapping.allow_one_class)
         kept = int(keep.sum())
         measured = {name: kept - missing for name, missing in self._missing.items()}
         _refuse_wrong_units(path, self._outside, measured, self._sources)
         _refuse_nameless(path, mapping, self._nameless)
-        inputs, patients = self._spool.array(), np.concatenate(self._of_patient)
-        data = PatientDataset(inputs, labels, patients, tuple(self._patients))
+        ids, patients = _joined(self._owners)
+        data = PatientDataset(self._spool.array(), labels, patients, ids)
         clamped, missing = (
             {f.name: n[f.name] for f in task.features if n[f.name]}
             for n in (self._outside, self._missing)
@@ -223,6 +222,13 @@ def read_inputs(
     names, nameless = _patient_names(table, mapping, 0, rows)
     _refuse_nameless(path, mapping, nameless)
     return encode(task, columns, str(path)), tuple(names)
+
+
+def _joined(parts: list[pa.DictionaryArray]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """What `group_patients` says of the names of several parts; Arrow holds them in less room."""
+    joined = pa.chunked_array(parts).unify_dictionaries()
+    patients = np.concatenate([part.indices.to_numpy() for part in joined.chunks], dtype=np.int64)
+    return tuple(joined.chunk(0).dictionary.to_pylist()), patients
 
 
 def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.int64]]:

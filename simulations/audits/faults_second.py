@@ -102,7 +102,7 @@ def _drawn_by_records(patches: Patches, mode: str) -> None:
     original = LocalTrainer._begin
 
     def begin(self: LocalTrainer, start: Any) -> None:
-        counts[:] = [self._record_counts]
+        counts[:] = [self._records_of.counts]
         original(self, start)
 
     def sample(random: ChaChaRandom, count: int, rate: float) -> NDArray[np.int64]:
