@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import argparse
 import csv
+import shutil
 import sys
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from client.config import SiteFolder
 from shared.command import Commands
 from shared.config import require
+from shared.files import whole_file
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from client.data.unlabelled import Unlabelled
     from shared.released import ReleasedModel
 
@@ -67,28 +74,44 @@ def new_records(folder: SiteFolder, model: ReleasedModel, file: Path) -> Unlabel
 
 
 def _predict(arguments: argparse.Namespace) -> int:
-    from client.prediction import outputs_of  # noqa: PLC0415
+    from client.data.unlabelled import read_rows  # noqa: PLC0415
+    from client.prediction import outputs_in_pieces  # noqa: PLC0415
+    from shared.answers import answer_names  # noqa: PLC0415
     from shared.released import answers  # noqa: PLC0415
 
     asked, own = model_of(arguments)
     if own:
         print("By this site's own version of the model (--as-released: not).", file=sys.stderr)
-    task = asked.plan.task
-    found = new_records(SiteFolder(arguments.site), asked, arguments.file)
-    columns = answers(task, outputs_of(asked, found.inputs))
-    rows = zip(found.patients, *columns.values(), strict=True)
-    lines = [[name, *(f"{value:.6g}" for value in values)] for name, *values in rows]
+    folder, task = SiteFolder(arguments.site), asked.plan.task
+    if task.image is None:
+        pieces = read_rows(arguments.file, folder.config().source, task)
+    else:
+        pieces = new_records(folder, asked, arguments.file).pieces()
+    said = outputs_in_pieces(asked, pieces)
+    lines = ((names, answers(task, outputs)) for outputs, names in said)
+    # Whatever stops the reading stops it before a line is seen.
     if arguments.out is None:
-        _write(sys.stdout, ["patient", *columns], lines)
+        with tempfile.TemporaryFile("w+", encoding="utf-8", newline="") as file:
+            _write(file, answer_names(task), lines)
+            file.seek(0)
+            shutil.copyfileobj(file, sys.stdout)
         return 0
-    with arguments.out.open("w", encoding="utf-8", newline="") as file:
-        arguments.out.chmod(0o600)
-        _write(file, ["patient", *columns], lines)
-    print(f"{len(lines)} rows written to {arguments.out}; it names patients, keep it here.")
+    with whole_file(arguments.out) as file:
+        count = _write(file, answer_names(task), lines)
+    print(f"{count} rows written to {arguments.out}; it names patients, keep it here.")
     return 0
 
 
-def _write(file: IO[str], head: list[str], lines: list[list[str]]) -> None:
-    writer = csv.writer(file)
-    writer.writerow(head)
-    writer.writerows(lines)
+def _write(
+    file: IO[str],
+    names: Sequence[str],
+    said: Iterable[tuple[Sequence[str], Mapping[str, NDArray[np.float64]]]],
+) -> int:
+    """Write a line a record, piece by piece; return how many."""
+    writer, count = csv.writer(file), 0
+    writer.writerow(["patient", *names])
+    for patients, columns in said:
+        rows = zip(patients, *columns.values(), strict=True)
+        writer.writerows([name, *(f"{value:.6g}" for value in values)] for name, *values in rows)
+        count += len(patients)
+    return count

@@ -223,11 +223,7 @@ def _encode_feature(
     number = feature.type == "number"
     missing = np.isnan(values) if number else values == MISSING_CATEGORY
     if feature.missing == "refuse" and missing.any():
-        raise ConfigError(
-            f"{where}: column {feature.name!r} has {int(missing.sum())} missing value(s), the "
-            f"first in data row {int(np.argmax(missing)) + 1}, and the plan refuses them. Complete "
-            'or leave out those rows, or agree on missing = "midpoint" or "indicator" in the plan.'
-        )
+        raise missing_refused(feature, int(missing.sum()), int(np.argmax(missing)) + 1, where)
     if number:
         yield _scale_number(feature, values.astype(np.float64), missing, raw)
     else:
@@ -237,6 +233,15 @@ def _encode_feature(
             yield np.where(missing, absent, (values == code).astype(np.float64))
     if feature.missing == "indicator":
         yield missing.astype(np.float64)
+
+
+def missing_refused(feature: FeaturePlan, count: int, first: int, where: str) -> ConfigError:
+    """What is raised where the plan refuses missing values; the first is in data row `first`."""
+    return ConfigError(
+        f"{where}: column {feature.name!r} has {count} missing value(s), the first in data row "
+        f"{first}, and the plan refuses them. Complete or leave out those rows, or agree on "
+        'missing = "midpoint" or "indicator" in the plan.'
+    )
 
 
 def _scale_number(

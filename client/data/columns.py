@@ -1,5 +1,7 @@
 """CSV and Parquet files as columns of text; what the texts mean is the caller's affair.
 
+Columns that a Parquet file stores as numbers may stay numbers: a text takes a microsecond a cell.
+
 A file may be larger than memory: `read_parts` hands it over in runs of rows.
 """
 
@@ -7,11 +9,14 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from shared.config import require
 from shared.errors import ConfigError
@@ -21,10 +26,26 @@ Texts = list[str]
 
 
 AT_ONCE = 1 << 19
-"""Texts of a part that are in memory at once; about 60 bytes each."""
+"""Cells of a part that are in memory at once; a text is about 60 bytes, a number 8."""
 
 BUFFER = 1 << 16
 """Bytes of each Parquet column that are fetched at once."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of rows.
+
+    Attributes:
+        rows: How many.
+        texts: Columns as text.
+        numbers: Columns as float64, NaN where null or no number, for those that may be and that
+            the file stores so. Such a column is not among the texts.
+    """
+
+    rows: int
+    texts: Mapping[str, Texts]
+    numbers: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
 
 def read_columns(
@@ -49,7 +70,7 @@ def read_columns(
     """
     columns: dict[str, Texts] = {name: [] for name in wanted}
     for part in read_parts(path, wanted, header=header, delimiter=delimiter, beside=beside):
-        for name, texts in part.items():
+        for name, texts in part.texts.items():
             columns[name] += texts
     return columns
 
@@ -61,14 +82,19 @@ def read_parts(
     header: Sequence[str] = (),
     delimiter: str = ",",
     beside: Sequence[str] = (),
-) -> Iterator[dict[str, Texts]]:
-    """The same as `read_columns` in runs of rows, one after the other, of `AT_ONCE` texts each."""
+    numbers: Collection[str] = (),
+) -> Iterator[Part]:
+    """The same as `read_columns` in runs of rows, of `AT_ONCE` cells each; none is empty.
+
+    Args:
+        numbers: Wanted columns that may come as numbers.
+    """
     require(path.exists(), f"{path} does not exist. Check the path.")
     require(path.is_file(), f"{path} is not a file. Give the CSV or Parquet file itself.")
     names = list(dict.fromkeys(wanted))
     rows = max(1, AT_ONCE // max(1, len(names)))
     if path.suffix.lower() == ".parquet":
-        return _parquet_parts(path, names, beside, rows)
+        return _parquet_parts(path, names, beside, rows, numbers)
     return _csv_parts(path, names, beside, rows, header=header, delimiter=delimiter)
 
 
@@ -96,7 +122,8 @@ def _csv_parts(
     *,
     header: Sequence[str],
     delimiter: str,
-) -> Iterator[dict[str, Texts]]:
+) -> Iterator[Part]:
+    row = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream, delimiter=delimiter, strict=True)
@@ -112,9 +139,10 @@ def _csv_parts(
                 for name, column in columns.items():
                     column.append(cells[positions[name]].strip())
                 if row % rows == 0:
-                    yield columns
+                    yield Part(rows, columns)
                     columns = {name: [] for name in wanted}
-            yield columns
+            if row % rows:
+                yield Part(row % rows, columns)
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not UTF-8 text. Export it as UTF-8.") from None
     except (OSError, csv.Error):
@@ -125,19 +153,37 @@ def _csv_parts(
 
 
 def _parquet_parts(
-    path: Path, wanted: Sequence[str], beside: Sequence[str], rows: int
-) -> Iterator[dict[str, Texts]]:
+    path: Path, wanted: Sequence[str], beside: Sequence[str], rows: int, numbers: Collection[str]
+) -> Iterator[Part]:
     try:
         # Arrow fetches a whole row group otherwise, which may be the whole file.
         with pq.ParquetFile(path, buffer_size=BUFFER, pre_buffer=False) as file:
             for name in (*wanted, *beside):
                 _position(path, file.schema_arrow.names, name)
+            stored = {name for name in wanted if name in numbers and _is_number(file, name)}
             for batch in file.iter_batches(rows, columns=list(wanted)):
-                yield {name: [_text(v) for v in batch.column(name).to_pylist()] for name in wanted}
+                found = {name: batch.column(name) for name in wanted}
+                yield Part(
+                    batch.num_rows,
+                    {
+                        name: [_text(v) for v in column.to_pylist()]
+                        for name, column in found.items()
+                        if name not in stored
+                    },
+                    {
+                        name: found[name].to_numpy(zero_copy_only=False).astype(np.float64)
+                        for name in stored
+                    },
+                )
     except (OSError, pa.ArrowException):
         raise ConfigError(
             f"{path} is not a readable Parquet file. Export it again, or give a CSV."
         ) from None
+
+
+def _is_number(file: pq.ParquetFile, name: str) -> bool:
+    kind = file.schema_arrow.field(name).type
+    return bool(pa.types.is_floating(kind) or pa.types.is_integer(kind))
 
 
 def _text(value: object) -> str:

@@ -56,8 +56,9 @@ class RecordRows:
         """The rows of some patients, one patient after the other."""
         counts = self.counts[patients]
         shifts = self.starts[patients] - (np.cumsum(counts) - counts)
-        found: Rows = self.rows[np.repeat(shifts, counts) + np.arange(counts.sum())]
-        return found
+        places = np.arange(counts.sum())
+        places += np.repeat(shifts, counts)
+        return self.rows[places]
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ def read_label_parts(
         f"each text to {task.positive!r} or to one other text (columns, name = {task.label!r}, "
         "values = ...).",
     )
-    return np.concatenate(codes, dtype=np.int64)
+    return np.concatenate([np.zeros(0, np.int32), *codes], dtype=np.int64)
 
 
 def refuse_unusable_labels(

@@ -102,6 +102,21 @@ def translate(texts: Texts, column: ColumnMapping, missing: tuple[str, ...]) -> 
     return [pairs[t] if t in pairs else pairs.get(plain(t), t) for t in texts]
 
 
+def leaves_numbers(column: ColumnMapping, missing: tuple[str, ...]) -> bool:
+    """Whether a column stored as numbers may be read as such, for its texts mean nothing else."""
+    pairs: dict[str, str | None] = dict.fromkeys((*missing, *column.missing))
+    pairs |= {pair[0]: pair[1] for pair in column.values}
+    absent = {text for text, meaning in pairs.items() if meaning is None}
+    return {"", "nan"} <= absent and not any(_means_number(text) for text in pairs)
+
+
+def _means_number(text: str) -> bool:
+    try:
+        return not math.isnan(float(text))
+    except ValueError:
+        return False
+
+
 def numbers_of(
     path: Path, texts: Sequence[str | None], column: str, first: int = 1
 ) -> NDArray[np.float64]:
@@ -111,6 +126,12 @@ def numbers_of(
         ConfigError: a text is no number; names file, column and data row.
     """
     values = np.array([math.nan if text is None else _number(text) for text in texts])
+    refuse_infinite(path, values, column, first)
+    return values
+
+
+def refuse_infinite(path: Path, values: NDArray[np.float64], column: str, first: int) -> None:
+    """ConfigError at the first value that stands for a text that is no number."""
     odd = np.isinf(values)
     require(
         not odd.any(),
@@ -119,7 +140,6 @@ def numbers_of(
         "another text. Correct it (decimal point, no unit, no thousands separator), or name that "
         "text under missing in the mapping.",
     )
-    return values
 
 
 def _number(text: str) -> float:

@@ -8,7 +8,7 @@ number, never a value or an identifier: an engineer may have to send them to som
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
@@ -17,15 +17,26 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from client.data.columns import Texts, read_columns, read_parts
+from client.data.columns import Part, Texts, read_parts
 from client.data.dataset import PatientDataset
 from client.data.labels import label_columns, read_label_parts, refuse_unusable_labels
-from client.data.mapped import Spool
-from client.data.mapping import TableMapping, numbers_of, plain, translate, years_between
+from client.data.mapped import Records, Spool
+from client.data.mapping import (
+    TableMapping,
+    leaves_numbers,
+    numbers_of,
+    plain,
+    refuse_infinite,
+    translate,
+    years_between,
+)
 from shared.config import require
 from shared.errors import ConfigError
-from shared.features import MISSING_CATEGORY, clamped_counts, encode
+from shared.features import MISSING_CATEGORY, clamped_counts, encode, missing_refused
 from shared.task_plan import FeaturePlan, TaskPlan
+
+Inputs = tuple[Records, Sequence[str]]
+"""Records of new patients, and whose each is."""
 
 MOST_IMPLAUSIBLE = 0.5  # share of a column's values; more are a mistake, fewer are clamped
 
@@ -102,11 +113,11 @@ def read_table(path: Path, mapping: TableMapping, task: TaskPlan) -> Reading:
     needed = [*(sources[name] for name in features), *(column for column in also if column)]
     spelt = _Spelt(header=mapping.header, delimiter=mapping.delimiter)
     parts = read_parts(path, own, beside=needed, **spelt)
-    named = ({name: part[sources[name]] for name in labelled} for part in parts)
+    named = ({name: part.texts[sources[name]] for name in labelled} for part in parts)
     labels = read_label_parts(path, named, task, mapping)
     require(len(labels) > 0, f"{path} has no data rows. Check that the export is complete.")
     gathered = _Gathered(path, mapping, task, sources, labels)
-    for part in read_parts(path, needed, **spelt):
+    for part in read_parts(path, needed, numbers=_numbers(mapping, task), **spelt):
         gathered.add(part)
     return gathered.reading(label)
 
@@ -135,10 +146,10 @@ class _Gathered:
         self._lacking: dict[str, tuple[int, int]] = {}
         self._outside, self._missing = Counter[str](), Counter[str]()
 
-    def add(self, part: Mapping[str, Texts]) -> None:
+    def add(self, part: Part) -> None:
         """Take a part's rows that are kept."""
         start, path, mapping, task = self._rows, self._path, self._mapping, self._task
-        count = len(next(iter(part.values())))
+        count = part.rows
         self._rows += count
         columns = {f.name: _read_feature(path, part, f, mapping, start + 1) for f in task.features}
         keep = self._complete(columns, start, count)
@@ -146,7 +157,7 @@ class _Gathered:
         columns = {name: values[keep] for name, values in columns.items()}
         self._outside.update(clamped_counts(task, columns))
         self._missing.update({name: int(_is_missing(v).sum()) for name, v in columns.items()})
-        names, nameless = _patient_names(part, mapping, start, count)
+        names, nameless = _patient_names(part, mapping, start)
         self._nameless = self._nameless or nameless
         kept = [n for n, k in zip(names, keep.tolist(), strict=True) if k]
         self._owners.append(pa.array(kept, pa.string()).dictionary_encode())
@@ -170,9 +181,7 @@ class _Gathered:
             if drop:
                 keep = keep & ~missing
             elif missing.any():
-                source = self._sources[feature.name]
-                before, first = self._lacking.get(source, (0, start + int(np.argmax(missing)) + 1))
-                self._lacking[source] = (before + int(missing.sum()), first)
+                _note_missing(self._lacking, self._sources[feature.name], missing, start)
         return keep
 
     def reading(self, label: str) -> Reading:
@@ -202,26 +211,60 @@ class _Gathered:
         return Reading(data, ReadingNotes(self._rows, self._rows - kept, clamped, missing))
 
 
-def read_inputs(
-    path: Path, mapping: TableMapping, task: TaskPlan
-) -> tuple[NDArray[np.float32], tuple[str, ...]]:
-    """Inputs of new patients, without labels, and whose each row is: (rows, width), (rows,).
+def read_inputs(path: Path, mapping: TableMapping, task: TaskPlan) -> Iterator[Inputs]:
+    """Inputs of new patients, without labels, part by part, and whose each row is.
+
+    Yields:
+        float32, shape (rows, width), and the identifiers, (rows,).
 
     Raises:
-        ConfigError: as `read_table`; a missing value that the plan refuses stops the reading.
+        ConfigError: as `read_table`; a missing value that the plan refuses stops the reading. What
+            only the whole file tells, such as a wrong unit, is said after the last part.
     """
     sources = {f.name: mapping.of(f.name).column or f.name for f in task.features}
     also = [mapping.patient, *(mapping.of(name).since for name in sources)]
     wanted = [*sources.values(), *(column for column in also if column)]
-    table = read_columns(path, wanted, header=mapping.header, delimiter=mapping.delimiter)
-    rows = len(table[wanted[0]])
+    spelt = _Spelt(header=mapping.header, delimiter=mapping.delimiter)
+    rows, nameless, lacking = 0, 0, dict[str, tuple[int, int]]()
+    outside, measured = Counter[str](), Counter[str]()
+    for part in read_parts(path, wanted, numbers=_numbers(mapping, task), **spelt):
+        columns = {f.name: _read_feature(path, part, f, mapping, rows + 1) for f in task.features}
+        outside.update(clamped_counts(task, columns))
+        for feature in task.features:
+            missing = _is_missing(columns[feature.name])
+            measured[feature.name] += int((~missing).sum())
+            if feature.missing == "refuse" and missing.any():
+                _note_missing(lacking, feature.name, missing, rows)
+        names, bad = _patient_names(part, mapping, rows)
+        nameless, rows = nameless or bad, rows + part.rows
+        if not lacking:
+            yield encode(task, columns, str(path)), names
     require(rows > 0, f"{path} has no data rows. Check that the export is complete.")
-    columns = {f.name: _read_feature(path, table, f, mapping) for f in task.features}
-    measured = {name: int((~_is_missing(values)).sum()) for name, values in columns.items()}
-    _refuse_wrong_units(path, clamped_counts(task, columns), measured, sources)
-    names, nameless = _patient_names(table, mapping, 0, rows)
+    _refuse_wrong_units(path, outside, measured, sources)
     _refuse_nameless(path, mapping, nameless)
-    return encode(task, columns, str(path)), tuple(names)
+    for feature in task.features:
+        if feature.name in lacking:
+            raise missing_refused(feature, *lacking[feature.name], str(path))
+
+
+def _note_missing(
+    lacking: dict[str, tuple[int, int]], name: str, missing: NDArray[np.bool_], start: int
+) -> None:
+    """Count a part's missing values of a column, and keep the first data row that has one."""
+    before, first = lacking.get(name, (0, start + int(np.argmax(missing)) + 1))
+    lacking[name] = (before + int(missing.sum()), first)
+
+
+def _numbers(mapping: TableMapping, task: TaskPlan) -> set[str]:
+    """The file's columns that may be read as numbers."""
+    texts, found = {mapping.patient}, set[str]()
+    for feature in task.features:
+        column = mapping.of(feature.name)
+        number = feature.type == "number" and not column.since
+        fits = number and leaves_numbers(column, mapping.missing)
+        (found if fits else texts).add(column.column or feature.name)
+        texts.add(column.since)
+    return found - texts
 
 
 def _joined(parts: list[pa.DictionaryArray]) -> tuple[tuple[str, ...], NDArray[np.int64]]:
@@ -240,19 +283,24 @@ def group_patients(names: Sequence[str]) -> tuple[tuple[str, ...], NDArray[np.in
 
 def _read_feature(
     path: Path,
-    table: Mapping[str, Texts],
+    part: Part,
     feature: FeaturePlan,
     mapping: TableMapping,
-    first: int = 1,
+    first: int,
 ) -> NDArray[np.float64] | NDArray[np.int64]:
     column = mapping.of(feature.name)
     source = column.column or feature.name
-    translated = translate(table[source], column, mapping.missing)
+    if source in part.numbers:
+        refuse_infinite(path, part.numbers[source], source, first)
+        return part.numbers[source] * column.factor + column.offset
+    translated = translate(part.texts[source], column, mapping.missing)
     if feature.type != "number":
         return _codes(path, translated, source, feature, first)
     if column.since:
         absent = {*mapping.missing, *column.missing}
-        values = years_between(path, table[column.since], translated, column, absent, start=first)
+        values = years_between(
+            path, part.texts[column.since], translated, column, absent, start=first
+        )
     else:
         values = numbers_of(path, translated, source, first)
     return values * column.factor + column.offset
@@ -295,13 +343,11 @@ def _codes(
     return codes
 
 
-def _patient_names(
-    table: Mapping[str, Texts], mapping: TableMapping, start: int, count: int
-) -> tuple[Texts, int]:
+def _patient_names(part: Part, mapping: TableMapping, start: int) -> tuple[Texts, int]:
     """Whose the rows after the first `start` are, and the first data row that does not say it."""
     if not mapping.patient:
-        return [str(start + row) for row in range(1, count + 1)], 0
-    texts, missing = table[mapping.patient], set(mapping.missing)
+        return [str(start + row) for row in range(1, part.rows + 1)], 0
+    texts, missing = part.texts[mapping.patient], set(mapping.missing)
     rows = enumerate(texts, start=start + 1)
     return texts, next((row for row, text in rows if text in missing), 0)
 

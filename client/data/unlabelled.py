@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from client.data.dicom import find_dicom
 from client.data.images import AT_ONCE, SUFFIXES, ImageMapping, read_pixels
-from client.data.mapped import Spool
+from client.data.mapped import Spool, pieces_of, release
 from client.data.nifti import ENDINGS, find_nifti
 from client.data.scans import ScanMapping, files_below, require_scans
 from client.data.site_config import SourceConfig
-from client.data.table import ReadingNotes, read_inputs
+from client.data.table import Inputs, ReadingNotes, read_inputs
 from shared.config import require
 from shared.errors import ConfigError
 from shared.features import image_inputs
@@ -40,6 +40,12 @@ class Unlabelled:
     named: bool
     notes: ReadingNotes
 
+    def pieces(self) -> Iterator[Inputs]:
+        """The records in runs, of which one is in memory at a time where they are mapped."""
+        for piece in pieces_of(len(self.inputs), self.inputs.shape[1:]):
+            yield self.inputs[piece], self.patients[piece]
+            release(self.inputs)
+
 
 def read_unlabelled(path: Path, source: SourceConfig | None, task: TaskPlan) -> Unlabelled:
     """Read a table, an image or scan, or a folder of images or scans; no label is needed.
@@ -55,12 +61,11 @@ def read_unlabelled(path: Path, source: SourceConfig | None, task: TaskPlan) -> 
         ConfigError: site.toml maps no table, nothing usable is there, or it does not fit the plan.
     """
     if task.image is None:
-        if source is None or source.table is None:
-            raise ConfigError(
-                "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
-            )
-        inputs, names = read_inputs(path, source.table, task)
-        return Unlabelled(inputs, names, True, ReadingNotes(len(names)))
+        spool, names = Spool(), list[str]()
+        for inputs, whose in read_rows(path, source, task):
+            spool.add(inputs)
+            names += whose
+        return Unlabelled(spool.array(), tuple(names), True, ReadingNotes(len(names)))
     require(path.exists(), f"{path} does not exist. Check the path.")
     images = source.images if source is not None else ImageMapping()
     scans = source.scans if source is not None else ScanMapping()
@@ -76,6 +81,19 @@ def read_unlabelled(path: Path, source: SourceConfig | None, task: TaskPlan) -> 
     if kinds == {"picture"}:
         return _pictures(path, listed, images, task.image)
     return _scans(path, listed, scans, task.image, nifti=kinds == {"NIfTI"})
+
+
+def read_rows(path: Path, source: SourceConfig | None, task: TaskPlan) -> Iterator[Inputs]:
+    """A table's rows as `read_unlabelled` reads them, part by part, so that it may be large.
+
+    Raises:
+        ConfigError: as there; part of it after the last part (`read_inputs`).
+    """
+    if source is None or source.table is None:
+        raise ConfigError(
+            "site.toml maps no table. Propose the lines with: fedward-site data map PLAN FILE."
+        )
+    return read_inputs(path, source.table, task)
 
 
 def _kind(file: Path) -> str:

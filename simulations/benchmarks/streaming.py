@@ -1,10 +1,10 @@
 """Training on more images, or on a larger table, than memory holds.
 
     python -m simulations.benchmarks.streaming [--table] [--gigabytes 5] [--limit-gigabytes 2]
-        [--folder FOLDER] [--json FILE]
+        [--records-each 20] [--folder FOLDER] [--json FILE]
 
 Random 64 x 64 images are written as a site's prepared file (twice their size on the disk while
-that is done); or a Parquet table of 60 measurements is read, split and prepared as
+that is done); or a Parquet table of 60 measurements, 8 bytes each, is read, split and prepared as
 `fedward-site data prepare` does it. Then the site's own trainer takes private steps until each
 record has been drawn about once. The peak is the process's resident memory, mapped pages included;
 above the limit the run fails. A table is written by another process, which does not count.
@@ -12,6 +12,7 @@ above the limit the run fails. A table is written by another process, which does
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import shutil
 import sys
@@ -21,8 +22,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 
 from client.data.dataset import PatientDataset
@@ -32,14 +31,15 @@ from client.data.prepared import read_prepared, write_prepared
 from client.data.split import split_by_share
 from client.data.table import read_table
 from client.noise import ChaChaRandom, simulation_key
+from client.patients import PatientKey
 from client.training import LocalTrainer
 from shared.config import require
 from shared.models import initial_parameters
 from shared.plan import StudyPlan, from_table
 from simulations.benchmarks.report import parser, publish
+from simulations.benchmarks.streaming_table import COLUMNS, write_table
 
 SIDE, AT_ONCE = 64, 1024
-COLUMNS, EACH, ROW_GROUP = 60, 20, 1 << 20
 GB = 1 << 30
 RATE = 0.02
 
@@ -50,16 +50,26 @@ def main(arguments: list[str] | None = None) -> None:
     options.add_argument("--table", action="store_true", help="a Parquet table, not images")
     options.add_argument("--gigabytes", type=float, help="of images (5), or of the table (1)")
     options.add_argument("--limit-gigabytes", type=float, default=2.0, help="default 2")
+    options.add_argument("--records-each", type=int, default=20, help="rows a patient (20)")
     options.add_argument("--folder", help="for the data; default: the temporary folder")
     chosen = options.parse_args(arguments)
     torch.set_num_threads(1)
     size = chosen.gigabytes or (0.125 if chosen.quick else 1.0 if chosen.table else 5.0)
     with tempfile.TemporaryDirectory(dir=chosen.folder, prefix="fedward-streaming-") as folder:
-        tempfile.tempdir = folder
-        row = (measure_table if chosen.table else measure)(Path(folder), size)
+        usual, tempfile.tempdir = tempfile.tempdir, folder
+        try:
+            row = _measured(chosen, Path(folder), size)
+        finally:
+            tempfile.tempdir = usual
     publish([row], {"peak_to_data": row["peak_gb"] / size}, chosen.json)
     if row["peak_gb"] > chosen.limit_gigabytes:
         sys.exit(f"the peak is {row['peak_gb']:.2f} GB, above {chosen.limit_gigabytes:g}")
+
+
+def _measured(chosen: argparse.Namespace, folder: Path, size: float) -> dict[str, float]:
+    if chosen.table:
+        return measure_table(folder, size, chosen.records_each)
+    return measure(folder, size)
 
 
 def measure(folder: Path, gigabytes: float) -> dict[str, float]:
@@ -80,24 +90,24 @@ def measure(folder: Path, gigabytes: float) -> dict[str, float]:
     }
 
 
-def measure_table(folder: Path, gigabytes: float) -> dict[str, float]:
+def measure_table(folder: Path, gigabytes: float, each: int) -> dict[str, float]:
     """Read, split and prepare a table as a site does, train over it, and say the same."""
-    records = int(gigabytes * GB / (8 * COLUMNS)) // EACH * EACH
+    records = int(gigabytes * GB / (8 * COLUMNS)) // each * each
     _refuse_small_disk(folder, gigabytes)
     names = [f"x{i}" for i in range(COLUMNS)]
     table, path = folder / "table.parquet", folder / "train.safetensors"
     writing = multiprocessing.get_context("spawn").Process(
-        target=_write_table, args=(table, names, records)
+        target=write_table, args=(table, names, records, each)
     )
     writing.start()
     writing.join()
     require(writing.exitcode == 0, f"{table} could not be written")
     features = [{"name": name, "minimum": -8, "maximum": 8} for name in names]
     model = {"name": "mlp", "hidden": [32]}
-    plan = _plan({"label": "y", "features": features}, model, records // EACH)
+    plan = _plan({"label": "y", "features": features}, model, records // each)
     before, began = _peak_gb(), time.process_time()
     data = read_table(table, TableMapping(patient="patient"), plan.task).data
-    shares = np.random.default_rng(1).uniform(size=data.patient_count)
+    shares = PatientKey(bytes(32)).shares(data.patient_ids)
     train, _ = split_by_share(data, 0.2, shares)
     write_prepared(train, path)
     del data, train
@@ -105,7 +115,7 @@ def measure_table(folder: Path, gigabytes: float) -> dict[str, float]:
     return {
         "table_gb": table.stat().st_size / GB,
         "records": records,
-        "patients": records // EACH,
+        "patients": records // each,
         "before_gb": before,
         "prepare_cpu_s": prepared - began,
         "prepared_peak_gb": _peak_gb(),
@@ -143,19 +153,6 @@ def _images(records: int) -> PatientDataset:
         spool.add(torch.rand(AT_ONCE, 1, SIDE, SIDE, generator=random).numpy() * 2 - 1)
     ids = tuple(map(str, range(records)))
     return PatientDataset(spool.array(), np.arange(records) % 2, np.arange(records), ids)
-
-
-def _write_table(path: Path, names: list[str], records: int) -> None:
-    """Normal measurements, `EACH` rows a patient, in row groups as large as pandas makes them."""
-    random = np.random.default_rng(1)
-    schema = pa.schema(
-        [("patient", pa.int64()), ("y", pa.int64()), *((name, pa.float64()) for name in names)]
-    )
-    with pq.ParquetWriter(path, schema) as writer:
-        for start in range(0, records, ROW_GROUP):
-            rows = np.arange(start, min(start + ROW_GROUP, records))
-            columns = [rows // EACH, rows // EACH % 2, *random.normal(size=(COLUMNS, len(rows)))]
-            writer.write_table(pa.table(columns, schema=schema), row_group_size=ROW_GROUP)
 
 
 def _plan(task: Mapping[str, object], model: Mapping[str, object], patients: int) -> StudyPlan:
