@@ -25,7 +25,7 @@ from shared.models import (
     parameter_spec,
     read_parameters,
 )
-from shared.models.image import group_norm
+from shared.models.image import group_norm, local_means
 from shared.models.resnet import ResNet
 from shared.models.vit import patch_side
 from shared.plan import StudyPlan
@@ -283,3 +283,43 @@ def test_flat_models_take_no_volumes_and_the_other_way_round(
 ) -> None:
     with pytest.raises(ConfigError, match=f"use {way}$"):
         build_model(make_plan(name, image=12, depth=depth))
+
+
+def test_local_means_are_those_of_the_square_that_lies_in_the_image() -> None:
+    image = torch.rand(2, 3, 7, 9, dtype=torch.float64)
+    means = local_means(image, 5)
+    for y, x in ((0, 0), (3, 4), (6, 1), (2, 8)):
+        part = image[..., max(0, y - 2) : y + 3, max(0, x - 2) : x + 3]
+        assert torch.allclose(means[..., y, x], part.mean(dim=(2, 3)), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("square", "sees"), [(0, True), (9, False)])
+def test_with_local_contrast_the_cnn_does_not_see_how_bright_an_image_is(
+    square: int, sees: bool
+) -> None:
+    """And it is the same network else: the same parameters at the same start."""
+    plan = make_plan("cnn", image=16, model={"width": 4, "local_contrast": square})
+    assert parameter_spec(build_model(plan)) == parameter_spec(
+        build_model(make_plan("cnn", image=16, model={"width": 4}))
+    )
+    module, image = build_model(plan).double(), torch.rand(3, 1, 16, 16).double()
+    moved = (module(image + 0.3) - module(image)).abs().max()
+    assert moved > 1e-3 if sees else moved < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("name", "square", "message"),
+    [("cnn", 4, "odd number from 3"), ("cnn", 1, "odd"), ("cnn", -3, "odd"), ("cnn", 257, "255"),
+     ("resnet18", 9, "is for model 'cnn', and this is 'resnet18'")],
+)  # fmt: skip
+def test_a_square_that_no_network_takes_is_refused(name: str, square: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_plan(name, image=16, model={"local_contrast": square})
+
+
+def test_a_plan_from_before_local_contrast_keeps_its_hash() -> None:
+    assert b"local_contrast" not in make_plan("cnn", image=16).canonical_bytes
+    assert (
+        b'"local_contrast":9'
+        in make_plan("cnn", image=16, model={"local_contrast": 9}).canonical_bytes
+    )

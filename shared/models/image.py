@@ -27,12 +27,23 @@ class SmallCnn(nn.Module):
     local feature over the image, so a small finding counts wherever it lies. With width 16 and
     one channel it has about 14,000 parameters: few enough to train well under DP. `volume` puts
     cubes for squares; width 8 and one channel then make about 23,000.
+
+    With `local_contrast` the first layer sees each pixel less the mean around it. What all images
+    share, lungs in a body, otherwise makes up nearly all of every patient's gradient, and a
+    clipped gradient has room for little else (simulations/benchmarks/RESULTS.md).
     """
 
     def __init__(
-        self, channels: int, width: int, outputs: int = 1, *, volume: bool = False
+        self,
+        channels: int,
+        width: int,
+        outputs: int = 1,
+        *,
+        volume: bool = False,
+        local_contrast: int = 0,
     ) -> None:
         super().__init__()
+        self.local_contrast = local_contrast
         conv = nn.Conv3d if volume else nn.Conv2d
         self.conv1 = conv(channels, width, 5, stride=2, padding=2)
         self.norm1 = group_norm(width)
@@ -44,6 +55,8 @@ class SmallCnn(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """What the task wants of each record; see shared/tasks.py."""
+        if self.local_contrast:
+            images = images - local_means(images, self.local_contrast)
         x = functional.relu(self.norm1(self.conv1(images)))
         x = functional.relu(self.norm2(self.conv2(x)))
         x = functional.relu(self.norm3(self.conv3(x))).flatten(2)
@@ -71,7 +84,9 @@ class PooledLinear(nn.Module):
 
 def cnn(plan: StudyPlan) -> nn.Module:
     """The small CNN; `width` is its first layer's channels."""
-    return SmallCnn(image_of(plan).channels, plan.model.width, outputs_of(plan))
+    model, channels = plan.model, image_of(plan).channels
+    outputs, square = outputs_of(plan), plan.model.local_contrast
+    return SmallCnn(channels, model.width, outputs, local_contrast=square)
 
 
 def cnn3d(plan: StudyPlan) -> nn.Module:
@@ -84,6 +99,21 @@ def pooled_linear(plan: StudyPlan) -> nn.Module:
     """Logistic regression on the picture averaged down to `width` cells an axis."""
     image = image_of(plan, volume=plan.task.image is not None and plan.task.image.depth > 0)
     return PooledLinear(image, plan.model.width, outputs_of(plan))
+
+
+def local_means(images: Tensor, square: int) -> Tensor:
+    """The mean of the square around each pixel, as much of it as lies in the image.
+
+    Source: subtractive normalisation, Jarrett et al., "What is the best multi-stage architecture
+    for object recognition?", ICCV 2009; here with a box, whose two axes are averaged in turn.
+
+    Args:
+        images: Shape (records, channels, height, width).
+        square: Pixels on its side, odd.
+    """
+    half = square // 2
+    rows = functional.avg_pool2d(images, (square, 1), 1, (half, 0), count_include_pad=False)
+    return functional.avg_pool2d(rows, (1, square), 1, (0, half), count_include_pad=False)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
