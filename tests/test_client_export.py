@@ -117,7 +117,7 @@ def raw_of(task: TaskPlan, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
     [
         ("breast_cancer", ""),
         ("diabetes", ""),
-        ("nodules", ""),
+        ("nodules_contrast", ""),
         ("tcga_brca", "tcga_brca_6regions"),
         ("adrenal", "adrenalmnist3d"),
     ],
@@ -125,7 +125,7 @@ def raw_of(task: TaskPlan, inputs: NDArray[np.float32]) -> NDArray[np.float32]:
 def test_the_file_equals_pytorch_on_a_studys_test_data(
     name: str, folder: str, request: pytest.FixtureRequest
 ) -> None:
-    overrides = ["simulation.site_sizes=[20,20,20,20]"] if name == "nodules" else []
+    overrides = ["simulation.site_sizes=[20,20,20,20]"] if "nodules" in name else []
     if folder:
         overrides = [f"simulation.folder={request.getfixturevalue('real_data') / folder}"]
     scenario = load_scenario(name, overrides)

@@ -32,6 +32,7 @@ NAMES = (
     "indo_rct",
     "nodules",
     "nodules_6000",
+    "nodules_contrast",
     "statistics",
     "tcga_brca",
 )
