@@ -25,6 +25,7 @@ from shared.models import build_model, initial_parameters, input_shape, load_par
 from shared.plan import StudyPlan, from_bytes
 from shared.pretrained import FOLDER, pretrained, weight_shapes
 from shared.task_plan import ImagePlan
+from simulations.pretraining import pretrain, write_weights
 
 
 class ReferenceBlock(nn.Module):
@@ -120,6 +121,22 @@ def test_the_features_are_the_networks(name: str, channels: int, folder: Path) -
     alone = np.concatenate([pretrained(p[None], name, sha256) for p in pixels])
     np.testing.assert_allclose(alone, got, atol=1e-6)
     assert pretrained(pixels[:0], name, sha256).shape == (0, PRETRAINED_WIDTHS[name])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_a_file_that_drawings_taught_holds_the_network_that_was_trained(
+    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for known, width in list(PRETRAINED_WIDTHS.items()):
+        monkeypatch.setitem(PRETRAINED_WIDTHS, known, width // 8)
+    made, _ = pretrain(1, 16, 1, test_on=8, name=name)
+    sha256 = write_weights(made, folder)
+    pixels = np.random.default_rng(0).uniform(-1, 1, (3, 1, 24, 24)).astype(np.float32)
+    made.fc = nn.Identity()  # type: ignore[assignment]
+    with torch.no_grad():
+        want = made(torch.from_numpy(pixels)).numpy() / 10  # its forward pass makes them so long
+    np.testing.assert_allclose(pretrained(pixels, name, sha256), want, atol=2e-6)
+    assert np.linalg.norm(want[0] - want[1]) > 1e-3
 
 
 def small_file(folder: Path, **changes: Tensor) -> str:
