@@ -266,7 +266,7 @@ def sweep_text(table: Mapping[str, Any]) -> str:
             for mode in table["modes"]:
                 found = (summary.get((mode, e, method)) for e in table["epsilons"])
                 cell: Mapping[str, Any] = next((f for f in found if f), {})
-                lines.append(f"{name} (settings of {mode}): {_mean(cell.get(metric))}")
+                lines.append(f"{name} (like {mode}, or by [none]): {_mean(cell.get(metric))}")
         blocks.append("\n".join(lines))
     notes = "mean +- sd over seeds"
     if "local" in table["modes"]:
