@@ -326,7 +326,7 @@ def test_many_patients_and_many_rounds_are_composed_in_time(books: Books) -> Non
     planned = [Commitment(-1, "s", "", frozenset({"all"}), PrivacyEvent(4.0, 0.5, 3), False)]
     past = histories(everyone, [*known, *planned], members.__getitem__)
     cost = cost_of(planned, past, books.limits)
-    assert time.process_time() - started < 2.0
+    assert time.process_time() - started < 10.0  # 1.2 s here; 30 s if composed one by one
     assert cost.after == epsilon_of_events([PrivacyEvent(4.0, 0.5, 21)], DELTA)
 
 
