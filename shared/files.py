@@ -34,8 +34,9 @@ def whole_file(path: Path, *, mode: int = 0o600) -> Iterator[IO[str]]:
     """A file to write text to, line ends as they are, which takes its name when all is written.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or the path is a device or a folder.
     """
+    _require_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.unlink(missing_ok=True)
@@ -55,8 +56,9 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Put a file in the place of an older one at once: a reader sees the old or the new.
 
     Raises:
-        ConfigError: it cannot be written.
+        ConfigError: it cannot be written, or the path is a device or a folder.
     """
+    _require_replaceable(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):
         temporary.unlink()
@@ -65,6 +67,12 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         temporary.replace(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written: {error.strerror}.") from None
+
+
+def _require_replaceable(path: Path) -> None:
+    """A device such as /dev/null would be gone: an ordinary file takes its name."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no ordinary file and is not replaced. Name a file.")
 
 
 def read_bytes(path: Path, what: str) -> bytes:
