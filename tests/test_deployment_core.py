@@ -25,7 +25,8 @@ from client.cli import main as site_command
 from client.config import SiteFolder
 from server.link import connect
 from shared.identity import Identity
-from shared.plan import AuditPlan
+from shared.model_plan import ModelPlan
+from shared.plan import AuditPlan, OptimizerPlan
 from simulations.audits.cli import main as audit
 from simulations.audits.finding import Finding, Verdict
 from simulations.audits.verification import Expected
@@ -45,7 +46,8 @@ ROUNDS = 3
 @pytest.fixture(scope="module")
 def scenario() -> Scenario:
     """Four sites with fixed noise, so that a run can be repeated in one process."""
-    return breast_cancer(ROUNDS, timeout_s=60.0, spare_rounds=2)
+    found = breast_cancer(ROUNDS, timeout_s=60.0, spare_rounds=2)
+    return replace(found, plan=replace(found.plan, model=ModelPlan("mlp", hidden=(8,))))
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +66,22 @@ def auditor() -> Identity:
 
 @pytest.fixture(scope="module")
 def gated(live: Deployment, auditor: Identity) -> Deployment:
-    """The same sites, with a plan that asks for an audit before its model leaves the server."""
+    """The same sites, with a plan that asks for an audit before its model leaves the server.
+
+    Each site keeps a head of its own and a control variate (SCAFFOLD) from round to round.
+    """
     gate = AuditPlan(gate=True, auditor=auditor.public.hex())
+    own_head = replace(live.plan.model, personal=("head",))
     # As many charged steps as the sites' policy was written for, and so the same noise.
     training = replace(live.plan.training, rounds=ROUNDS - 1, spare_rounds=3)
-    plan = replace(live.plan, name="gated", training=training, audit=gate)
+    plan = replace(
+        live.plan,
+        name="gated",
+        model=own_head,
+        training=training,
+        optimizer=OptimizerPlan("scaffold"),
+        audit=gate,
+    )
     return replace(live, scenario=replace(live.scenario, plan=plan))
 
 
