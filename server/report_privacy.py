@@ -172,6 +172,6 @@ def _clip_norm(start: float, last: float | None) -> str:
     if last is None:
         return f"{facts.short(start)}, {_CLIP}"
     return (
-        f"{facts.short(start)} at the start and {facts.short(last)} at the end, {_CLIP}; it "
+        f"{facts.short(start)} at the start and {last:.3g} at the end, {_CLIP}; it "
         "follows a noised vote of the patients, which the noise covers"
     )
