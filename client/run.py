@@ -6,8 +6,10 @@ import functools
 import json
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from client.config import SiteConfig, SiteFolder
 from client.consent import Books, People
@@ -35,7 +37,6 @@ from shared.messages import decode
 from shared.models import initial_parameters, plan_spec
 from shared.optimizers import initial_state
 from shared.own_noise import alone_multipliers
-from shared.parameters import FlatVector
 from shared.plan import StudyPlan
 from shared.privacy import (
     Use,
@@ -299,8 +300,11 @@ class SiteRun:
             epoch=self._epochs.number,
         )
 
-    def _train(self, round_no: int) -> tuple[FlatVector, dict[str, object]]:
-        """This round's update, or in mode `distributed` its clipped sum, still without noise."""
+    def _train(self, round_no: int) -> tuple[NDArray[Any], dict[str, object]]:
+        """This round's update, float32, or in mode `distributed` its clipped sum without noise.
+
+        Where the plan adapts the clip norm, the votes stand behind the sum, and all is float64.
+        """
         if not self._trains():
             return np.zeros(self.spec.length, dtype=np.float32), {}
         start = self._own.parameters(self.state)
@@ -311,7 +315,9 @@ class SiteRun:
             divisor = self.trainer.public_divisor(self.config.name)
             random = self._random.fresh_child(f"own layers {round_no}")
             self._own.stepped(start, result.update, divisor, random)
-            learnt = np.concatenate([result.update, self.layout.vote(result.votes)])
+            learnt: NDArray[Any] = result.update
+            if adapts:
+                learnt = np.concatenate([learnt, self.layout.vote(result.votes)])
             return learnt, {"steps": result.steps}
         correction = self._own.correction(self.state)
         result = self.trainer.train_round(start, self._random, round_no, correction=correction)
@@ -320,7 +326,7 @@ class SiteRun:
         clamped = int((np.abs(result.update) * weight > clip).sum())
         return result.update, {"steps": result.steps, "clamped_coordinates": clamped}
 
-    def _pack(self, vector: FlatVector, counts: Units, round_no: int) -> RingVector | Packed:
+    def _pack(self, vector: NDArray[Any], counts: Units, round_no: int) -> RingVector | Packed:
         """What is masked: quantised, and in mode `distributed` with this site's share of noise."""
         random = self._random.fresh_child(f"rounding {round_no}")
         if self.layout.share is None:

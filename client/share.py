@@ -13,15 +13,15 @@ _PIECE = 1 << 14  # coordinates at a time stay in a core's cache
 
 
 def noisy_integers(
-    clipped_sum: NDArray[np.float32], share: NoiseShare, random: ChaChaRandom
+    clipped_sum: NDArray[np.float32] | NDArray[np.float64], share: NoiseShare, random: ChaChaRandom
 ) -> NDArray[np.int64]:
     """Scale, round, clamp, and add the site's share of the noise, in this order.
 
     Nothing but the reduction into the ring follows the noise, so what is released has it whole.
 
     Args:
-        clipped_sum: float32, shape (d,): the site's sum of clipped per-patient gradients. A
-            coordinate that is not finite counts as zero; a failure must not show.
+        clipped_sum: float32 or float64, shape (d,): the site's sum of clipped per-patient
+            gradients. A coordinate that is not finite counts as zero; a failure must not show.
         share: From `noise_share`.
         random: The site's stream.
 

@@ -134,15 +134,16 @@ class VectorLayout:
         """What a patient's gradient is clipped to in a round that starts from `state`."""
         return float(state.clip_norm[0]) if len(state.clip_norm) else self.plan.privacy.promise[2]
 
-    def vote(self, votes: int) -> FlatVector:
+    def vote(self, votes: int) -> NDArray[np.float64]:
         """A site's votes on the clip norm as it sends them, in units of its clipped sum.
 
         Returns:
-            float32, shape (1,), or (0,) where the plan adapts nothing.
+            float64, shape (1,), or (0,) where the plan adapts nothing. In float32 the sum of some
+            ten thousand votes is so coarse that one more moves it by too much.
         """
         privacy = self.plan.privacy
         unit = privacy.adaptive_clip.weight * (privacy.clip_norm or 0.0)
-        return np.full(privacy.adaptive_clip.coordinates, unit * votes, dtype=np.float32)
+        return np.full(privacy.adaptive_clip.coordinates, unit * votes)
 
     def _next_clip_norm(
         self, state: ModelState, total: RingVector, contributors: tuple[str, ...]

@@ -159,6 +159,19 @@ def test_the_noise_is_sized_for_gradient_and_vote_together(
     assert _farthest(plan, less) > less.sensitivity
 
 
+@pytest.mark.parametrize("many", [40_000, 100_000])
+def test_one_vote_weighs_the_same_among_very_many(many: int) -> None:
+    """In float32 the sum of so many is so coarse that one weighs more than the noise allows."""
+    plan = adaptive(0.3, weight=1.0)
+    cohort = replace(
+        plan.cohort, sites=tuple(replace(s, expected_patients=2**17) for s in plan.cohort.sites)
+    )
+    plan = replace(plan, cohort=cohort)
+    share, nobody = noise_share(plan, 1), np.zeros(1, dtype=np.float32)
+    sent = [int(_rounded(plan, share, nobody, many + k)[-1]) for k in range(50)]
+    assert np.abs(np.diff(sent) - share.scale * plan.privacy.promise[2]).max() <= 1
+
+
 # --- what is agreed to ----------------------------------------------------------------------
 
 
