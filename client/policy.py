@@ -295,7 +295,7 @@ def _privacy_reasons(plan: StudyPlan, limits: DatasetPolicy, site: str) -> Itera
             )
     yield from _alone_reasons(plan, limits)
     if clip is not None and clip > limits.max_clip_norm:
-        verb = "may reach" if plan.privacy.adaptive_clip.quantile else "is"
+        verb = "may reach" if plan.privacy.adapts else "is"
         yield f"clip_norm {verb} {clip:g}, max_clip_norm is {limits.max_clip_norm:g}"
     patients = plan.cohort.expected_patients(site)
     largest = max(promise[1] for promise in promises.values() if promise is not None)

@@ -309,7 +309,7 @@ class SiteRun:
             return np.zeros(self.spec.length, dtype=np.float32), {}
         start = self._own.parameters(self.state)
         if self.layout.share is not None:
-            adapts = bool(self.plan.privacy.adaptive_clip.quantile)
+            adapts = self.plan.privacy.adapts
             clip_norm = self.layout.clip_norm(self.state) if adapts else None
             result = self.trainer.clipped_sum(start, self._random, round_no, clip_norm=clip_norm)
             divisor = self.trainer.public_divisor(self.config.name)

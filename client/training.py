@@ -418,7 +418,7 @@ class LocalTrainer:
         loss = (loss * shares).sum()
         if self._engine is not None:
             norms = self._engine.add(loss, owners, len(patients))
-            if self.plan.privacy.adaptive_clip.quantile and self._clipper is not None:
+            if self.plan.privacy.adapts and self._clipper is not None:
                 self._within += int((norms <= self._clipper.max_grad_norm).sum())
         else:
             torch.autograd.backward(loss)

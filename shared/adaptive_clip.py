@@ -45,11 +45,6 @@ class AdaptiveClipPlan:
         require(1 <= self.reach <= 1e6, f"reach is {self.reach:g}; valid: 1 to 1000000")
 
     @property
-    def coordinates(self) -> int:
-        """How many the votes take of a masked vector: 1, or 0 where nothing is adapted."""
-        return 1 if self.quantile else 0
-
-    @property
     def stretch(self) -> float:
         """The L2 norm of a clipped gradient with its vote, in clip norms: at most this."""
         return math.sqrt(1 + self.weight**2) if self.quantile else 1.0

@@ -74,7 +74,7 @@ def noise_share(plan: StudyPlan, parameters: int) -> NoiseShare:
     _, _, clip_norm = plan.privacy.promise
     adaptive = plan.privacy.adaptive_clip
     # A patient's clipped gradient and vote together (shared/PRIVACY.md, "Adaptive clipping").
-    weighs, length = clip_norm * adaptive.stretch, parameters + adaptive.coordinates
+    weighs, length = clip_norm * adaptive.stretch, parameters + plan.privacy.adapts
     cohort = plan.cohort
     sites, honest = len(cohort.sites), cohort.threshold - cohort.colluders
     half = 1 << (plan.secure_sum.bits - 1)

@@ -77,7 +77,7 @@ class VectorLayout:
     @property
     def learnt(self) -> int:
         """Coordinates of what training sends: those of the model, and the votes' if there are."""
-        return self.sent + self.plan.privacy.adaptive_clip.coordinates
+        return self.sent + self.plan.privacy.adapts
 
     @cached_property
     def length(self) -> int:
@@ -143,12 +143,12 @@ class VectorLayout:
         """
         privacy = self.plan.privacy
         unit = privacy.adaptive_clip.weight * (privacy.clip_norm or 0.0)
-        return np.full(privacy.adaptive_clip.coordinates, unit * votes)
+        return np.full(int(privacy.adapts), unit * votes)
 
     def _next_clip_norm(
         self, state: ModelState, total: RingVector, contributors: tuple[str, ...]
     ) -> FlatVector:
-        if self.share is None or self.learnt == self.sent:
+        if self.share is None or not self.plan.privacy.adapts:
             return state.clip_norm
         adaptive, start = self.plan.privacy.adaptive_clip, self.plan.privacy.promise[2]
         within = adaptive.within(self.votes_of(total), divisor(self.plan, contributors))
@@ -157,7 +157,7 @@ class VectorLayout:
 
     def votes_of(self, total: RingVector) -> float:
         """The sum of votes on the clip norm in a published sum, noise included; 0.0 without any."""
-        if self.share is None or self.learnt == self.sent:
+        if self.share is None or not self.plan.privacy.adapts:
             return 0.0
         unit = self.plan.privacy.adaptive_clip.weight * self.plan.privacy.promise[2]
         return float(self.ring.signed(total[self.sent : self.learnt])[0]) / (

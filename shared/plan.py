@@ -270,7 +270,7 @@ class StudyPlan:
 
     def _check_counting(self) -> None:
         require(
-            not self.privacy.adaptive_clip.quantile,
+            not self.privacy.adapts,
             "privacy: adaptive_clip is for training; leave it out of a study of kind 'statistics'",
         )
         for name, what in (("rounds", "a round of training"), ("sample_rate", "sampling")):
@@ -318,7 +318,7 @@ class StudyPlan:
                 self.optimizer.name != "fedprox",
                 "optimizer: fedprox changes several local steps; mode 'distributed' has one",
             )
-        if self.privacy.adaptive_clip.quantile:
+        if self.privacy.adapts:
             require(
                 not self.model.personal,
                 "privacy: adaptive_clip with layers of a site's own (model.personal) is not built; "

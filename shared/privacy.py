@@ -320,7 +320,7 @@ def describe(plan: StudyPlan) -> str:
     _, delta, clip = plan.privacy.promise
     adaptive = plan.privacy.adaptive_clip
     moves, covers = "", f"{sigma:g} times that norm"
-    if adaptive.quantile:
+    if plan.privacy.adapts:
         moves = (
             f", which then follows a noised vote of the patients ({clip / adaptive.reach:g} to "
             f"{clip * adaptive.reach:g})"

@@ -65,8 +65,13 @@ class PrivacyPlan:
         return self.epsilon, self.delta, self.clip_norm
 
     @property
+    def adapts(self) -> bool:
+        """Whether the clip norm follows the patients' votes; never where privacy is off."""
+        return self.mode == "distributed" and self.adaptive_clip.quantile > 0
+
+    @property
     def largest_clip_norm(self) -> float | None:
         """The largest norm that a patient's gradient may ever be clipped to; None without one."""
-        if self.clip_norm is None or not self.adaptive_clip.quantile:
+        if self.clip_norm is None or not self.adapts:
             return self.clip_norm
         return self.clip_norm * self.adaptive_clip.reach

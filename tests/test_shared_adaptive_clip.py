@@ -180,6 +180,9 @@ def test_a_plan_that_adapts_nothing_keeps_its_bytes() -> None:
     assert b"adaptive" not in plan.canonical_bytes
     assert from_bytes(adaptive().canonical_bytes) == adaptive()
     assert VectorLayout(plan, 12).length == VectorLayout(adaptive(), 12).length - 1
+    # Without privacy nothing is clipped, and nobody votes.
+    none = replace(adaptive(), privacy=replace(adaptive().privacy, mode="none"))
+    assert VectorLayout(none, 12).length == VectorLayout(plan, 12).length
 
 
 @pytest.mark.parametrize(

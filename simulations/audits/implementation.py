@@ -164,7 +164,7 @@ def parts_of(
     if plan.evaluation.release == "noised":
         parts.append(("counts", 2.0, lambda: count_checks(plan, setting, rng, effort)))
         parts.append(("own counts", 0.1, lambda: (own_count_checks(own, rng), "")))
-    if own.privacy.adaptive_clip.quantile:
+    if own.privacy.adapts:
         parts.append(("votes", 1.0, lambda: (vote_checks(setting), "")))
     if own.model.personal:
         parts.append(("own layers", 1.0, lambda: (own_layer_checks(own, setting), "")))
